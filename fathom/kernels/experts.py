@@ -1,0 +1,55 @@
+"""Routed experts: clamped SwiGLU between two grouped products. Reference 2.10 and 4."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fathom.kernels.linear import linear
+from fathom.kernels.quant import WEIGHT_BLOCK, fp8_sim
+
+
+def swiglu(gate_up: Tensor, limit: float) -> Tensor:
+    """silu(min(a, limit)) * clamp(b, -limit, limit) for gate_up = [a, b] [T, 2I] -> [T, I]. Reference 2.10."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    w13: Tensor,
+    s13: Tensor | None,
+    w2: Tensor,
+    s2: Tensor | None,
+    limit: float,
+    quantize: bool,
+) -> Tensor:
+    """sum_k w2[e_k] (weights[t,k] * swiglu(w13[e_k] x[t])) for the k chosen experts of each token.
+
+    x [T, D] (already on the FP8 grid when `quantize`); chosen [T, k] expert ids; weights [T, k] float32;
+    w13 [E, 2I, D] with the gate rows first, w2 [E, D, I], both in any stored form with scales s13, s2.
+    Returns float32 [T, D]. A token's experts are summed in the order of their ids, whatever else is in the batch.
+    """
+    tokens, slots, counts = _by_expert(chosen, w13.shape[0])
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    start = 0
+    for e, count in enumerate(counts):
+        if count:
+            rows, slot = tokens[start : start + count], slots[start : start + count]
+            hidden = swiglu(linear(x[rows], w13[e], None if s13 is None else s13[e]).float(), limit)
+            hidden = (hidden * weights[rows, slot].unsqueeze(-1)).to(x.dtype)
+            hidden = fp8_sim(hidden, WEIGHT_BLOCK) if quantize else hidden
+            out = out.index_add(0, rows, linear(hidden, w2[e], None if s2 is None else s2[e]).float())
+            start += count
+    return out
+
+
+def _by_expert(chosen: Tensor, n: int) -> tuple[Tensor, Tensor, list[int]]:
+    """(token, slot) pairs grouped by expert, and how many each expert has (on the host: the CPU loop needs them)."""
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=n).tolist()
+    return order // chosen.shape[1], order % chosen.shape[1], counts

@@ -1,0 +1,39 @@
+"""y = x W^T for a weight in any stored form. Reference 4: products are exact in float32, sums are float32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fathom.kernels.quant import dequantize
+
+# BLAS picks another reduction order below a handful of rows and for odd remainders. Padding the rows makes the result
+# of a row independent of its neighbours, which is what "alone or in a batch, the same bits" needs.
+_SMALL_ROWS = 8
+_ROW_MULTIPLE = 4
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """`x` [T, K] with zero rows added until the row count selects the one reduction order (inference on CPU only)."""
+    rows = x.shape[0]
+    wanted = max(_SMALL_ROWS, rows + -rows % _ROW_MULTIPLE)
+    if wanted == rows or x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    return F.pad(x, (0, 0, 0, wanted - rows))
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x [T, K] times weight [N, K] (float, or FP8 / FP4 [N, K/2] with `scale`) -> [T, N] in the dtype of `x`."""
+    if scale is not None:
+        weight = dequantize(weight, scale)
+    return F.linear(pad_rows(x), weight.to(x.dtype))[: x.shape[0]]
+
+
+def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x [T, G, K] times weight [G * N, K], group g of x with rows g*N..(g+1)*N of the weight -> [T, G * N]."""
+    if scale is not None:
+        weight = dequantize(weight, scale)
+    groups = weight.to(x.dtype).unflatten(0, (x.shape[1], -1))
+    out = torch.bmm(pad_rows(x.flatten(1)).unflatten(1, x.shape[1:]).transpose(0, 1), groups.transpose(1, 2))
+    return out.transpose(0, 1).flatten(1)[: x.shape[0]]

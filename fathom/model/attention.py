@@ -1,0 +1,116 @@
+"""Hybrid attention: a sliding window, compressed entries and a sink under one softmax. Reference 2.6 to 2.9.
+
+The layer kinds differ only in which compressed entries a query sees: none (SWA, ratio 0), the indexer's choice (CSA,
+ratio 4), or all that are closed (HCA, ratio 128). Shapes: T tokens, H heads, C head dim, G output groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fathom.config import ModelConfig
+from fathom.kernels.attention import attend
+from fathom.model.batch import Tile
+from fathom.model.cache import LayerState
+from fathom.model.compressor import Compressor
+from fathom.model.indexer import Indexer, visible_entries
+from fathom.model.layers import GroupedLinear, Linear, Numerics, RMSNorm, rms
+from fathom.model.rope import rotate
+from fathom.model.step import Step
+
+_GATHER_FROM = 8
+"""Selected entries are gathered once there are this many times more of them than a query keeps; below, masked."""
+
+
+class Attention(nn.Module):
+    """Low-rank queries, one vector per token that is key and value of all heads, grouped output projection."""
+
+    def __init__(self, config: ModelConfig, ratio: int, numerics: Numerics) -> None:
+        super().__init__()
+        self.config, self.ratio, self.numerics = config, ratio, numerics
+        wide = config.num_attention_heads * config.head_dim
+        self.wq_a = Linear(config.hidden_size, config.q_lora_rank)
+        self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+        self.wq_b = Linear(config.q_lora_rank, wide)
+        self.wkv = Linear(config.hidden_size, config.head_dim)
+        self.kv_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.attn_sink = nn.Parameter(torch.zeros(config.num_attention_heads))
+        self.wo_a = GroupedLinear(wide // config.o_groups, config.o_groups * config.o_lora_rank)
+        self.wo_b = Linear(config.o_groups * config.o_lora_rank, config.hidden_size)
+        if ratio:
+            self.compressor = Compressor(config, ratio, config.head_dim, "compressor")
+        if ratio == 4:
+            self.indexer = Indexer(config, numerics)
+
+    def forward(self, x_TD: Tensor, step: Step, state: LayerState) -> Tensor:
+        """[T, D] -> [T, D]; `state` keeps the layer's rows between calls."""
+        forth, back = step.turns(self.ratio)
+        operand = self.numerics.operand(x_TD)
+        latent = self.numerics.operand(self.q_norm(self.wq_a(operand)))
+        q_THC = self.wq_b(latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
+        q_THC = rotate(rms(q_THC, self.config.rms_norm_eps), forth)
+        kv_TC = self._stored(rotate(self.kv_norm(self.wkv(operand)), forth))
+        o_THC = torch.cat(list(self._tiles(x_TD, latent, q_THC, kv_TC, step, state)))
+        o_TGK = rotate(o_THC, back).flatten(1).unflatten(-1, (self.config.o_groups, -1))
+        return self.wo_b(self.numerics.operand(self.wo_a(o_TGK)))
+
+    def _stored(self, row: Tensor) -> Tensor:
+        return self.numerics.row(row, self.config.qk_rope_head_dim)
+
+    def _tiles(self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, step: Step, state: LayerState):  # type: ignore[no-untyped-def]
+        """The attention of one tile after the other; each stores its rows before it looks."""
+        projected = self.compressor.projections(x, step.batch.positions) if self.ratio else x
+        index = self._index(x, latent, step) if self.ratio == 4 else ()
+        for tile in step.batch.tiles:
+            first = max(0, tile.start + 1 - self.config.sliding_window)
+            window = state.recent("window", tile, kv[tile.rows], first)
+            entries, kept = self._compressed(tile, projected, index, step, state)
+            yield self._attend(tile, q[tile.rows], window, entries, kept)
+
+    def _index(self, x: Tensor, latent: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        projected = self.indexer.compressor.projections(x, step.batch.positions)
+        return projected, *self.indexer.queries(x, latent, step)
+
+    def _compressed(
+        self, tile: Tile, projected: Tensor, index: tuple[Tensor, ...], step: Step, state: LayerState
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The sequence's entries [n, C] and which of them each query keeps (bool [t, n])."""
+        if not self.ratio:
+            return None, None
+        entries = self.compressor(tile, projected[tile.rows], step, state, self._stored)
+        kept = visible_entries(tile, self.ratio, entries.device)
+        if self.ratio == 4:
+            proj, q, weights = index
+            keys = self.indexer.compressor(tile, proj[tile.rows], step, state, self.numerics.index)
+            kept = self.indexer(tile, keys, q[tile.rows], weights[tile.rows], kept)
+        return entries, kept
+
+    def _attend(
+        self, tile: Tile, q: Tensor, window: Tensor, entries: Tensor | None, kept: Tensor | None
+    ) -> Tensor:
+        if tile.count == 1:
+            rows = window if entries is None or kept is None else torch.cat((window, entries[kept[0]]))
+            return attend(q, rows, None, self.attn_sink)
+        seen = _visible_window(tile, self.config.sliding_window, window.shape[0], q.device)
+        if entries is None or kept is None:
+            return attend(q, window, seen, self.attn_sink)
+        if entries.shape[0] > _GATHER_FROM * self.config.index_topk and self.ratio == 4:
+            entries, kept = _gathered(entries, kept, self.config.index_topk)
+            window = window.expand(tile.count, -1, -1)
+        return attend(q, torch.cat((window, entries), -2), torch.cat((seen, kept), -1), self.attn_sink)
+
+
+def _visible_window(tile: Tile, size: int, rows: int, device: torch.device) -> Tensor:
+    """bool [t, rows]: the last `size` tokens up to the query itself; the rows end at the tile's last token."""
+    at = torch.arange(tile.start, tile.end, device=device).unsqueeze(1)
+    key = torch.arange(tile.end - rows, tile.end, device=device)
+    return (key <= at) & (key > at - size)
+
+
+def _gathered(entries: Tensor, kept: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Each query's own k entries [t, k, C] in position order, and which of them are real (bool [t, k])."""
+    n = kept.shape[1]
+    order = torch.where(kept, torch.arange(n, 0, -1, device=kept.device), 0).topk(k, -1)
+    real = order.values > 0
+    return entries[torch.where(real, order.indices, 0)], real

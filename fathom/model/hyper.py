@@ -1,0 +1,59 @@
+"""Manifold-constrained hyper-connections: n residual streams, mixed before and after each sublayer. Reference 2.3.
+
+Shapes: T tokens, n streams, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fathom.config import ModelConfig
+from fathom.kernels.linear import linear
+from fathom.kernels.sinkhorn import sinkhorn
+
+
+def _projected(x_TnD: Tensor, fn: Tensor, eps: float) -> Tensor:
+    """The dynamic part of every mixing weight: fn times the RMS-normalised streams, float32 [T, rows of fn]."""
+    flat = x_TnD.flatten(1).float()
+    return linear(F.rms_norm(flat, flat.shape[-1:], None, eps), fn)
+
+
+def hc_pre(
+    x_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, config: ModelConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sublayer's input [T, D], and what `hc_post` needs: post [T, n] and comb [T, n, n]."""
+    n, eps = config.hc_mult, config.hc_eps
+    m_pre, m_post, m_comb = _projected(x_TnD, fn, config.rms_norm_eps).split((n, n, n * n), -1)
+    b_pre, b_post, b_comb = base.split((n, n, n * n))
+    pre = torch.sigmoid(m_pre * scale[0] + b_pre) + eps
+    post = 2 * torch.sigmoid(m_post * scale[1] + b_post)
+    comb = sinkhorn(m_comb * scale[2] + b_comb, n, config.hc_sinkhorn_iters, eps)
+    return _weighted(pre, x_TnD), post, comb.unflatten(-1, (n, n))
+
+
+def hc_post(y_TD: Tensor, x_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor) -> Tensor:
+    """X'_j = post_j * y + sum_i comb[i, j] X_i: the sum runs over the first index of comb."""
+    mixed = comb_Tnn.transpose(1, 2) @ x_TnD.float()
+    return torch.addcmul(mixed, post_Tn.unsqueeze(-1), y_TD.float().unsqueeze(1)).to(x_TnD.dtype)
+
+
+def _weighted(pre_Tn: Tensor, x_TnD: Tensor) -> Tensor:
+    return (pre_Tn.unsqueeze(1) @ x_TnD.float()).squeeze(1).to(x_TnD.dtype)
+
+
+class HyperParameters(nn.Module):
+    """Declares `hc_<name>_{fn,base,scale}` on a module, all float32: the names are the checkpoint's."""
+
+    def declare(self, name: str, config: ModelConfig, weights: int, scales: int) -> None:
+        """`weights` mixing weights computed from all streams, with `scales` gating factors."""
+        self.register_parameter(f"{name}_fn", nn.Parameter(torch.empty(weights, config.hc_mult * config.hidden_size)))
+        self.register_parameter(f"{name}_base", nn.Parameter(torch.zeros(weights)))
+        self.register_parameter(f"{name}_scale", nn.Parameter(torch.ones(scales)))
+
+
+def hc_head(x_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, config: ModelConfig) -> Tensor:
+    """The streams folded into one [T, D] for the output head: no Sinkhorn, no factor 2. Reference 2.11."""
+    m = _projected(x_TnD, fn, config.rms_norm_eps)
+    return _weighted(torch.sigmoid(m * scale + base) + config.hc_eps, x_TnD)

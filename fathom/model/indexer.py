@@ -1,0 +1,49 @@
+"""The lightning indexer: which compressed entries a query of a CSA layer attends to. Reference 2.8."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fathom.config import ModelConfig
+from fathom.kernels.indexer import index_scores, select_topk
+from fathom.model.batch import Tile
+from fathom.model.cache import LayerState
+from fathom.model.compressor import Compressor
+from fathom.model.layers import Linear, Numerics
+from fathom.model.rope import rotate
+from fathom.model.step import Step
+
+
+class Indexer(nn.Module):
+    """Scores all visible entries with small heads of its own and keeps the `index_topk` best."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self.heads, self.dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.numerics = numerics
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim)
+        self.weights_proj = Linear(config.hidden_size, self.heads)
+        self.compressor = Compressor(config, 4, self.dim, "indexer")
+
+    def queries(self, x: Tensor, latent: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Index queries [T, h, d] from the query latent, and the weight [T, h] of each head, which may be negative."""
+        q = rotate(self.wq_b(latent).unflatten(-1, (self.heads, self.dim)), step.turns(4)[0])
+        weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
+        return self.numerics.index(q), weights
+
+    def forward(self, tile: Tile, keys: Tensor, q: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
+        """The entries that each query keeps: keys [N, d], q [t, h, d], weights [t, h], visible [t, N] -> bool [t, N].
+
+        While no query sees more than `index_topk` entries every visible one is kept and nothing is scored.
+        """
+        if tile.end // 4 <= self.topk:
+            return visible
+        scores = index_scores(q, weights, keys).masked_fill(~visible, float("-inf"))
+        return select_topk(scores, self.topk)
+
+
+def visible_entries(tile: Tile, ratio: int, device: torch.device) -> Tensor:
+    """bool [t, n]: entry b is visible to the query at t iff its last token is at or before t: b < (t + 1) // ratio."""
+    closed = torch.arange(tile.start + 1, tile.end + 1, device=device) // ratio
+    return torch.arange(tile.end // ratio, device=device) < closed.unsqueeze(1)

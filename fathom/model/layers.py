@@ -1,0 +1,86 @@
+"""Small parts that every room of the model uses: numerics, a linear layer of any stored dtype, RMSNorm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fathom.kernels import quant
+from fathom.kernels.linear import grouped_linear, linear
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Two independent switches: the compute dtype, and whether activations are quantised as in training. Reference 4."""
+
+    dtype: torch.dtype = torch.float32
+    quantize: bool = False
+
+    def operand(self, x: Tensor) -> Tensor:
+        """The input of an FP8 or FP4 linear: e4m3 with one scale per 128."""
+        return quant.fp8_sim(x, quant.WEIGHT_BLOCK) if self.quantize else x
+
+    def row(self, x: Tensor, rope_dims: int) -> Tensor:
+        """A cache row [..., C] as it is stored: e4m3 per 64 in front, BF16 in the last `rope_dims`."""
+        if not self.quantize:
+            return x
+        front, rope = x[..., :-rope_dims], x[..., -rope_dims:]
+        return torch.cat((quant.fp8_sim(front, 64), quant.bf16_sim(rope)), -1)
+
+    def index(self, x: Tensor) -> Tensor:
+        """An index query or key as it is multiplied: Hadamard, then FP4. The rotation alone would cancel."""
+        return quant.fp4_sim(quant.hadamard(x)) if self.quantize else x
+
+
+class Linear(nn.Module):
+    """y = W x without bias; W [out, in] in float, or as stored in FP8 with `scale` [ceil(out/128), ceil(in/128)]."""
+
+    scale: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("scale", None)
+
+    def store(self, weight: Tensor, scale: Tensor | None = None) -> None:
+        """Replace the weight by a stored form of it, which no longer takes gradients."""
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+
+    def densify(self, dtype: torch.dtype) -> None:
+        """Replace an FP8 weight by its exact values in `dtype`; a float weight stays as it is stored."""
+        if self.scale is not None:
+            self.store(quant.dequantize(self.weight, self.scale).to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out] in the dtype of x."""
+        return linear(x, self.weight, self.scale)
+
+
+class GroupedLinear(Linear):
+    """`groups` linears side by side: the rows of W are cut into groups, each with its own slice of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, groups, in] -> [T, groups * out / groups], flattened as W's rows are."""
+        return grouped_linear(x, self.weight, self.scale)
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / rms(x), in float32, rounded once at the end. Reference 2.4."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> the same shape and dtype."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without a weight over the last axis."""
+    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)

@@ -1,0 +1,115 @@
+"""Mixture of experts: routing by token id or by score, routed experts and one shared expert. Reference 2.10."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fathom.config import ModelConfig
+from fathom.kernels.experts import experts, swiglu
+from fathom.kernels.linear import linear
+from fathom.kernels.quant import dequantize
+from fathom.model.layers import Linear, Numerics
+
+
+class Gate(nn.Module):
+    """Chooses `num_experts_per_tok` experts for each token and weighs them."""
+
+    tid2eid: Tensor
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, config: ModelConfig, by_hash: bool) -> None:
+        super().__init__()
+        self.config, self.by_hash = config, by_hash
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if by_hash:
+            table = torch.zeros(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64)
+            self.register_buffer("tid2eid", table)
+        else:
+            self.register_buffer("bias", torch.zeros(config.n_routed_experts))
+        self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D], tokens [T] -> expert ids [T, k] and their float32 weights [T, k].
+
+        The bias moves the choice only; the weights are the unbiased scores, which sum to `routed_scaling_factor`.
+        """
+        scores = F.softplus(linear(x.float(), self.weight.float())).sqrt()
+        if self.by_hash:
+            chosen = self.tid2eid[tokens]
+        else:
+            chosen = (scores + self.bias).topk(self.config.num_experts_per_tok, -1).indices
+        if self.training:
+            self.load += torch.bincount(chosen.flatten(), minlength=scores.shape[1])
+        weights = scores.gather(-1, chosen)
+        return chosen, weights / weights.sum(-1, keepdim=True) * self.config.routed_scaling_factor
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked: w13 [E, 2I, D] (gate rows, then up rows) and w2 [E, D, I], in any stored form."""
+
+    w13_scale: nn.Parameter | None
+    w2_scale: nn.Parameter | None
+
+    def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
+        super().__init__()
+        count, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.limit, self.numerics = config.swiglu_limit, numerics
+        self.w13 = nn.Parameter(torch.empty(count, 2 * width, hidden))
+        self.w2 = nn.Parameter(torch.empty(count, hidden, width))
+        self.register_parameter("w13_scale", None)
+        self.register_parameter("w2_scale", None)
+
+    def store(self, w13: Tensor, s13: Tensor | None, w2: Tensor, s2: Tensor | None) -> None:
+        """Replace the weights by a stored form of them, which no longer takes gradients."""
+        self.w13, self.w2 = nn.Parameter(w13, requires_grad=False), nn.Parameter(w2, requires_grad=False)
+        self.w13_scale = None if s13 is None else nn.Parameter(s13, requires_grad=False)
+        self.w2_scale = None if s2 is None else nn.Parameter(s2, requires_grad=False)
+
+    def densify(self, dtype: torch.dtype) -> None:
+        """Replace FP4 or FP8 weights by their exact values in `dtype`."""
+        if self.w13_scale is not None:
+            w13, w2 = dequantize(self.w13, self.w13_scale), dequantize(self.w2, self.w2_scale)
+            self.store(w13.to(dtype), None, w2.to(dtype), None)
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """x [T, D] -> float32 [T, D], the weighted sum of each token's experts."""
+        scales = self.w13_scale, self.w2_scale
+        return experts(
+            x, chosen, weights, self.w13, scales[0], self.w2, scales[1], self.limit, self.numerics.quantize
+        )
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token passes; the same clamps as the routed ones."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+        self.limit, self.numerics = config.swiglu_limit, numerics
+        self.w1, self.w2, self.w3 = Linear(hidden, width), Linear(width, hidden), Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] (already an operand) -> [T, D]."""
+        hidden = swiglu(torch.cat((self.w1(x), self.w3(x)), -1).float(), self.limit).to(x.dtype)
+        return self.w2(self.numerics.operand(hidden))
+
+
+class MoE(nn.Module):
+    """The feed-forward half of a block: every layer is a mixture of experts, there is no dense one."""
+
+    def __init__(self, config: ModelConfig, by_hash: bool, numerics: Numerics) -> None:
+        super().__init__()
+        self.numerics = numerics
+        self.gate = Gate(config, by_hash)
+        self.experts = Experts(config, numerics)
+        self.shared_experts = SharedExpert(config, numerics)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x [T, D], tokens [T] -> [T, D]. The router reads x unquantised."""
+        chosen, weights = self.gate(x, tokens)
+        operand = self.numerics.operand(x)
+        routed = self.experts(operand, chosen, weights)
+        return (routed + self.shared_experts(operand).float()).to(x.dtype)

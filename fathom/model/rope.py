@@ -1,0 +1,52 @@
+"""Rotary positions on the last dims of a vector: interleaved pairs, YaRN in compressed layers. Reference 2.5."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fathom.config import ModelConfig, RopeScaling
+
+
+def frequencies(config: ModelConfig, ratio: int) -> Tensor:
+    """float32 [rope_dims / 2] angular frequencies of a layer with compression `ratio`.
+
+    Layers without compression use `rope_theta` and no YaRN; all others `compress_rope_theta` with YaRN, for everything
+    in them: window, entries and indexer alike.
+    """
+    dims = config.qk_rope_head_dim
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32) / dims
+    if not ratio:
+        return 1.0 / config.rope_theta**exponents
+    plain = 1.0 / config.compress_rope_theta**exponents
+    return _yarn(plain, config.compress_rope_theta, config.rope_scaling) if config.rope_scaling else plain
+
+
+def _yarn(plain: Tensor, base: float, scaling: RopeScaling) -> Tensor:
+    dims = 2 * plain.shape[0]
+
+    def dim_of(rotations: float) -> float:
+        context = scaling.original_max_position_embeddings
+        return dims * math.log(context / (2 * math.pi * rotations)) / (2 * math.log(base))
+
+    low = max(math.floor(dim_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(dim_of(scaling.beta_slow)), dims - 1)
+    steps = torch.arange(dims // 2, dtype=torch.float32) - low
+    ramp = (steps / max(high - low, 1e-3)).clamp(0.0, 1.0)
+    return plain * (1 - ramp) + plain / scaling.factor * ramp
+
+
+def turns(positions: Tensor, freqs: Tensor) -> Tensor:
+    """exp(i * position * frequency): [T] and [P] -> complex64 [T, P]."""
+    angles = positions.float().unsqueeze(-1) * freqs
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotate the last 2P dims of `x` [T, ..., C] by `turn` [T, P]; pass `turn.conj()` to rotate back."""
+    split = x.shape[-1] - 2 * turn.shape[-1]
+    pairs = torch.view_as_complex(x[..., split:].float().unflatten(-1, (-1, 2)))
+    turned = pairs * (turn.unsqueeze(1) if x.dim() == 3 else turn)
+    return torch.cat((x[..., :split], torch.view_as_real(turned).flatten(-2).to(x.dtype)), -1)

@@ -1,0 +1,43 @@
+"""What the layers of one model call share: the batch, its token ids, and rotations computed once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fathom.config import ModelConfig
+from fathom.model.batch import Batch
+from fathom.model.rope import frequencies, turns
+
+
+class Step:
+    """One call: tokens [T], batch, compute dtype, and the rotations of the two kinds of layers (plain, compressed)."""
+
+    def __init__(self, config: ModelConfig, tokens: Tensor, batch: Batch, dtype: torch.dtype) -> None:
+        self.tokens, self.batch, self.dtype = tokens, batch, dtype
+        self._config = config
+        self._freqs: dict[bool, Tensor] = {}
+        self._turns: dict[bool, tuple[Tensor, Tensor]] = {}
+        self._blocks: dict[tuple[int, int, int], Tensor] = {}
+
+    def turns(self, ratio: int) -> tuple[Tensor, Tensor]:
+        """Rotations [T, P] of the batch's tokens in a layer of this ratio, forth and back."""
+        kind = ratio > 0
+        if kind not in self._turns:
+            turn = turns(self.batch.positions, self._frequencies(ratio))
+            self._turns[kind] = (turn, turn.conj().resolve_conj())
+        return self._turns[kind]
+
+    def block_turns(self, ratio: int, begin: int, end: int) -> Tensor:
+        """Rotations of the entries begin .. end - 1: a block stands at its first token's position."""
+        key = (ratio, begin, end)
+        if key not in self._blocks:
+            positions = torch.arange(begin, end, device=self.tokens.device) * ratio
+            self._blocks[key] = turns(positions, self._frequencies(ratio))
+        return self._blocks[key]
+
+    def _frequencies(self, ratio: int) -> Tensor:
+        kind = ratio > 0
+        if kind not in self._freqs:
+            self._freqs[kind] = frequencies(self._config, ratio).to(self.tokens.device)
+        return self._freqs[kind]
