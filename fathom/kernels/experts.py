@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fathom.kernels.elementwise import silu
 from fathom.kernels.linear import linear
 from fathom.kernels.quant import WEIGHT_BLOCK, fp8_sim
 
@@ -13,7 +13,7 @@ from fathom.kernels.quant import WEIGHT_BLOCK, fp8_sim
 def swiglu(gate_up: Tensor, limit: float) -> Tensor:
     """silu(min(a, limit)) * clamp(b, -limit, limit) for gate_up = [a, b] [T, 2I] -> [T, I]. Reference 2.10."""
     gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+    return silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
 def experts(

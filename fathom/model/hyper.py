@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom.config import ModelConfig
+from fathom.kernels.elementwise import sigmoid
 from fathom.kernels.linear import linear
 from fathom.kernels.sinkhorn import sinkhorn
 
@@ -27,8 +28,8 @@ def hc_pre(
     n, eps = config.hc_mult, config.hc_eps
     m_pre, m_post, m_comb = _projected(x_TnD, fn, config.rms_norm_eps).split((n, n, n * n), -1)
     b_pre, b_post, b_comb = base.split((n, n, n * n))
-    pre = torch.sigmoid(m_pre * scale[0] + b_pre) + eps
-    post = 2 * torch.sigmoid(m_post * scale[1] + b_post)
+    pre = sigmoid(m_pre * scale[0] + b_pre) + eps
+    post = 2 * sigmoid(m_post * scale[1] + b_post)
     comb = sinkhorn(m_comb * scale[2] + b_comb, n, config.hc_sinkhorn_iters, eps)
     return _weighted(pre, x_TnD), post, comb.unflatten(-1, (n, n))
 
@@ -56,4 +57,4 @@ class HyperParameters(nn.Module):
 def hc_head(x_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, config: ModelConfig) -> Tensor:
     """The streams folded into one [T, D] for the output head: no Sinkhorn, no factor 2. Reference 2.11."""
     m = _projected(x_TnD, fn, config.rms_norm_eps)
-    return _weighted(torch.sigmoid(m * scale + base) + config.hc_eps, x_TnD)
+    return _weighted(sigmoid(m * scale + base) + config.hc_eps, x_TnD)

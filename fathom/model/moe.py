@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom.config import ModelConfig
+from fathom.kernels.elementwise import softplus
 from fathom.kernels.experts import experts, swiglu
 from fathom.kernels.linear import linear
 from fathom.kernels.quant import dequantize
@@ -36,7 +36,7 @@ class Gate(nn.Module):
 
         The bias moves the choice only; the weights are the unbiased scores, which sum to `routed_scaling_factor`.
         """
-        scores = F.softplus(linear(x.float(), self.weight.float())).sqrt()
+        scores = softplus(linear(x.float(), self.weight.float())).sqrt()
         if self.by_hash:
             chosen = self.tid2eid[tokens]
         else:
