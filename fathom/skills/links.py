@@ -1,5 +1,6 @@
 """Following links: look a key up, then look up what was found, and so on."""
 
+import itertools
 import random
 import re
 import string
@@ -25,7 +26,7 @@ class Links:
         hops, size = level + 1, level + 4
         names = rng.sample(string.ascii_lowercase, size + 1)
         path = names[: hops + 1]
-        table = dict(zip(path, path[1:], strict=False))
+        table = dict(itertools.pairwise(path))
         table |= {source: rng.choice(names) for source in names[hops + 1 :]}
         order = rng.sample(sorted(table), len(table))
         pairs = ",".join(f"{source}>{table[source]}" for source in order)
@@ -46,4 +47,4 @@ def _walk(path: list[str], stride: int) -> str:
     """Numbered links, every `stride` of them taken at once: `1a>d,2d>f`."""
     last = len(path) - 1
     stops = [*range(0, last, stride), last]
-    return ",".join(f"{b}{path[a]}>{path[b]}" for a, b in zip(stops, stops[1:], strict=False))
+    return ",".join(f"{b}{path[a]}>{path[b]}" for a, b in itertools.pairwise(stops))

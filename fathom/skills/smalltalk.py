@@ -1,6 +1,6 @@
 """Plain talk: greetings, who the model is, what it can do, and saying so when it does not know.
 
-The answers are true of the model that is trained on them, whatever its size: small, trained from scratch on generated tasks.
+The answers are true of the model that is trained on them: small, and trained from scratch on generated tasks.
 """
 
 import itertools
