@@ -1,0 +1,54 @@
+# Everything begins from a fresh clone: each target sets up .venv first if it is missing.
+#   make chat     talk to the embedded model (prompts may be piped in)
+#   make test     the test suite
+#   make check    format, lint, types, import arrows
+#   make bench    speed of the embedded model on this machine
+#   make .venv    only the environment, with the command in .venv/bin/fathom
+# PYTHON=... chooses the interpreter. If it already has torch, that torch is used; otherwise constraints.txt names one.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: .venv chat test test-external check bench
+.DEFAULT_GOAL := chat
+
+.venv: .venv/.ready
+
+.venv/.python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; name it with PYTHON=..." >&2; exit 2; }
+	@if $(PYTHON) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; \
+		then $(PYTHON) -m venv --system-site-packages .venv; else $(PYTHON) -m venv .venv; fi
+	@touch $@
+
+# Whatever torch the environment can already import is left alone: its line drops out of the constraints.
+.venv/.constraints: constraints.txt .venv/.python
+	@if $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; \
+		then grep -v '^torch==' constraints.txt > $@; else cp constraints.txt $@; fi
+
+.venv/.ready: pyproject.toml .venv/.constraints
+	$(BIN)/python -m pip install --disable-pip-version-check -c .venv/.constraints -e .
+	@touch $@
+
+.venv/.tools: .venv/.ready
+	$(BIN)/python -m pip install --disable-pip-version-check -c .venv/.constraints -e '.[test,dev]'
+	@touch $@
+
+chat: .venv/.ready
+	@$(BIN)/fathom chat
+
+test: .venv/.tools
+	$(BIN)/python -m pytest
+
+test-external: .venv/.tools
+	@$(BIN)/python -m pytest -m 'external and not gpu' || { code=$$?; test $$code -eq 5 && echo "no external tests"; }
+
+check: .venv/.tools
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+bench: .venv/.ready
+	@$(BIN)/fathom bench decode --model small
+	@$(BIN)/fathom bench prefill --model small

@@ -1,0 +1,123 @@
+"""Text to token ids and back, such that only the prompt format can write control tokens. Reference recipe 3.
+
+The tokenizer file is loaded twice: as it is (for its control tokens and its byte alphabet), and without added tokens, for text
+that a client wrote. A rendered prompt is spliced from both.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Bpe
+
+from fathom.errors import CheckpointError
+
+END_OF_THINKING = "</think>"
+DSML = "｜DSML｜"
+
+CONTROLS = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<think>",
+    END_OF_THINKING,
+    DSML,
+    "<｜latest_reminder｜>",
+)
+"""Without these among its added tokens a tokenizer cannot write a prompt."""
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    source: the JSON text of its file; size: token ids are below it; added: control token -> id.
+    """
+
+    def __init__(self, source: str) -> None:
+        layout: dict[str, Any] = json.loads(source)
+        self.source = source
+        self.added: dict[str, int] = {t["content"]: t["id"] for t in layout["added_tokens"]}
+        self._plain = Bpe.from_str(json.dumps(layout | {"added_tokens": []}))
+        vocabulary = {token: i for token, i in layout["model"]["vocab"].items() if token not in self.added}
+        self._bytes = {i: _to_bytes(token) for token, i in vocabulary.items()}
+        self._bytes |= {i: token.encode() for token, i in self.added.items()}
+        self.size = max(self._bytes, default=-1) + 1
+
+    @staticmethod
+    def load(folder: Path) -> Tokenizer:
+        """Read `tokenizer.json` beside the weights. Raises CheckpointError if it is missing or no V4 tokenizer."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no tokenizer.json: put the checkpoint's tokenizer beside its weights")
+        try:
+            tokenizer = Tokenizer(path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is not a byte-level tokenizer file: {error}") from None
+        if missing := [c for c in CONTROLS if c not in tokenizer.added]:
+            raise CheckpointError(f"{path} has no added token {missing[0]}: prompts cannot be written with it")
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: a control token spelled in it stays ordinary text."""
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def splice(self, text: str, controls: Sequence[tuple[int, int]]) -> list[int]:
+        """Ids of a rendered prompt; `controls` are the (start, end) of its control tokens, ascending and disjoint.
+
+        A control that this vocabulary lacks is written as ordinary text.
+        """
+        return [i for piece in self._pieces(text, controls) for i in piece]
+
+    def _pieces(self, text: str, controls: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+        begin = 0
+        for start, end in controls:
+            if text[start:end] not in self.added:
+                continue
+            yield self.encode(text[begin:start])
+            yield [self.added[text[start:end]]]
+            begin = end
+        yield self.encode(text[begin:])
+
+    def bytes_of(self, token: int) -> bytes:
+        """The UTF-8 bytes of one token, perhaps a part of a character; an unknown id has none."""
+        return self._bytes.get(token, b"")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, controls spelled out; broken UTF-8 becomes U+FFFD."""
+        return b"".join(map(self.bytes_of, ids)).decode(errors="replace")
+
+
+class TextStream:
+    """Text of ids that come one by one: a character is held back until all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The text that this id completes."""
+        return self._decoder.decode(self._tokenizer.bytes_of(token))
+
+    def finish(self) -> str:
+        """What was held back, at the end."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary: itself if printable, else one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+
+
+_ALPHABET = _alphabet()
+
+
+def _to_bytes(token: str) -> bytes:
+    return bytes(_ALPHABET[c] for c in token)
