@@ -1,7 +1,7 @@
 """The waist: what an engine takes and gives. Everything else knows only this, so another engine may stand behind it.
 
-Two levels. An `Engine` turns token ids into token ids. A `ChatModel` turns messages into an answer; `encoding.chat.Chat`
-is one, made of any engine and a checkpoint's prompt format.
+Two levels. An `Engine` turns token ids into token ids. A `ChatModel` turns messages into an answer;
+`encoding.chat.Chat` is one, made of any engine and a checkpoint's prompt format.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SamplingParams:
     """How to choose tokens, and when to stop.
 
     temperature: 0 is greedy, at most 2; top_p in (0, 1]: the smallest set of tokens with that probability;
-    max_tokens: None is what the context leaves; seed: None draws one; stop_ids: besides the model's own end of sentence.
+    max_tokens: None is what the context leaves; seed: None draws one; stop_ids: besides the end of sentence.
     Raises SamplingError, naming the value and its range.
     """
 
@@ -89,7 +89,7 @@ class Engine(Protocol):
 
 
 Message = Mapping[str, Any]
-"""A message as on the wire: role (system, user, assistant, tool), content, reasoning_content, tool_calls, tool_call_id."""
+"""As on the wire: role (system, user, assistant, tool), content, reasoning_content, tool_calls, tool_call_id."""
 
 Tool = Mapping[str, Any]
 """A function tool: {"type": "function", "function": {"name", "description", "parameters"}}."""

@@ -1,9 +1,9 @@
 """Which prompt dialect a checkpoint speaks, and what else its `fathom.json` says. Reference api A.4, A.9.
 
-"V4" is two dialects that differ only in the text an effort adds: the April preview (high adds nothing) and the checkpoints of
-31 July and 13 August (each level adds its own). The rule, first match wins: the caller's choice; `dialect` in `fathom.json`;
-`0813` if the folder's name has 0731, 0813 or Vision-Exp in it, or config.json has a `dspark_*` key; else `april`.
-A re-pack of the April weights with a drafter has such a key too: give it a `fathom.json`.
+"V4" is two dialects that differ only in the text an effort adds: the April preview (high adds nothing) and the
+checkpoints of 31 July and 13 August (each level adds its own). The rule, first match wins: the caller's choice;
+`dialect` in `fathom.json`; `0813` if the folder's name has 0731, 0813 or Vision-Exp in it, or config.json has a
+`dspark_*` key; else `april`. A re-pack of the April weights with a drafter has such a key too: give it a `fathom.json`.
 """
 
 from __future__ import annotations

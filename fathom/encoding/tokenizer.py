@@ -1,7 +1,7 @@
 """Text to token ids and back, such that only the prompt format can write control tokens. Reference recipe 3.
 
-The tokenizer file is loaded twice: as it is (for its control tokens and its byte alphabet), and without added tokens, for text
-that a client wrote. A rendered prompt is spliced from both.
+The tokenizer file is read twice: as it is (for its control tokens and its bytes), and without added tokens, for text that
+a client wrote. A rendered prompt is spliced from both.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Tokenizer:
             raise CheckpointError(f"{folder} has no tokenizer.json: put the checkpoint's tokenizer beside its weights")
         try:
             tokenizer = Tokenizer(path.read_text(encoding="utf-8"))
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # the tokenizers library raises no narrower class
             raise CheckpointError(f"{path} is not a byte-level tokenizer file: {error}") from None
         if missing := [c for c in CONTROLS if c not in tokenizer.added]:
             raise CheckpointError(f"{path} has no added token {missing[0]}: prompts cannot be written with it")
@@ -110,7 +110,7 @@ class TextStream:
 
 
 def _alphabet() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary: itself if printable, else one from U+0100 on."""
+    """The character that stands for each byte in a byte-level vocabulary: itself, or one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
