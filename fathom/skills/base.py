@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-EFFORTS = ("none", "high", "max")
+from fathom import api
+
+EFFORTS = api.EFFORTS
 LEVELS = (1, 2, 3)
 
 ToolCall = tuple[str, Mapping[str, Any]]

@@ -14,6 +14,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from fathom.encoding.conversation import conversation, library
+from fathom.encoding.dialect import Dialect
 from fathom.errors import TrainError
 from fathom.skills.base import Task
 from fathom.skills.mix import stream
@@ -105,7 +107,7 @@ def corpus(examples: int, seed: int) -> Iterator[str]:
 
 
 def _plain_pieces(task: Task, effort: str) -> Iterator[str]:
-    rendered = _render(task, effort)
+    rendered = library().DeepseekV4Encoding().render_conversation(_finished(task, effort))
     start = 0
     for begin, end in [*rendered.special_ranges, (len(rendered.prompt),) * 2]:
         if rendered.prompt[start:begin]:
@@ -113,17 +115,10 @@ def _plain_pieces(task: Task, effort: str) -> Iterator[str]:
         start = end
 
 
-def _render(task: Task, effort: str) -> Any:
-    """The conversation of a task in the April dialect: `low` there adds no text, `high` is the longest effort text."""
-    import deepseek_recipe as recipe
-
-    tools = [recipe.ToolDefinition(**tool["function"]) for tool in task.tools]
-    calls = [recipe.ToolCall("call_0", task.tool_call[0], json.dumps(task.tool_call[1]))] if task.tool_call else None
-    reply = recipe.AssistantMessage(task.answer, reasoning_content=task.traces[effort], tool_calls=calls)
-    conversation = recipe.Conversation(
-        [recipe.UserMessage(task.question), reply],
-        thinking_mode=effort != "none",
-        tools=tools,
-        reasoning_effort="high" if effort == "max" else "low",
-    )
-    return recipe.DeepseekV4Encoding().render_conversation(conversation)
+def _finished(task: Task, effort: str) -> Any:
+    """The whole turn in the April dialect, which our models speak."""
+    reply: dict[str, Any] = {"role": "assistant", "content": task.answer, "reasoning_content": task.traces[effort]}
+    if task.tool_call:
+        name, arguments = task.tool_call
+        reply["tool_calls"] = [{"id": "0", "function": {"name": name, "arguments": json.dumps(arguments)}}]
+    return conversation([{"role": "user", "content": task.question}, reply], effort, Dialect.APRIL, task.tools)
