@@ -31,25 +31,22 @@ def experts(
 
     x [T, D] (already on the FP8 grid when `quantize`); chosen [T, k] expert ids; weights [T, k] float32;
     w13 [E, 2I, D] with the gate rows first, w2 [E, D, I], both in any stored form with scales s13, s2.
-    Returns float32 [T, D]. A token's experts are summed in the order of their ids, whatever else is in the batch.
+    Returns float32 [T, D]. A token's experts are summed in the order of `chosen`, whatever else is in the batch.
     """
-    tokens, slots, counts = _by_expert(chosen, w13.shape[0])
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    start = 0
+    order, counts = _by_expert(chosen, w13.shape[0])
+    token, factor = order // chosen.shape[1], weights.flatten()[order].unsqueeze(-1)
+    parts, start = [], 0
     for e, count in enumerate(counts):
         if count:
-            rows, slot = tokens[start : start + count], slots[start : start + count]
-            hidden = swiglu(linear(x[rows], w13[e], None if s13 is None else s13[e]).float(), limit)
-            hidden = (hidden * weights[rows, slot].unsqueeze(-1)).to(x.dtype)
+            at = slice(start, start + count)
+            hidden = swiglu(linear(x[token[at]], w13[e], None if s13 is None else s13[e]).float(), limit) * factor[at]
             hidden = fp8_sim(hidden, WEIGHT_BLOCK) if quantize else hidden
-            out = out.index_add(0, rows, linear(hidden, w2[e], None if s2 is None else s2[e]).float())
+            parts.append(linear(hidden.to(x.dtype), w2[e], None if s2 is None else s2[e]).float())
             start += count
-    return out
+    return torch.cat(parts)[order.argsort()].unflatten(0, chosen.shape).sum(1)
 
 
-def _by_expert(chosen: Tensor, n: int) -> tuple[Tensor, Tensor, list[int]]:
-    """(token, slot) pairs grouped by expert, and how many each expert has (on the host: the CPU loop needs them)."""
+def _by_expert(chosen: Tensor, n: int) -> tuple[Tensor, list[int]]:
+    """The (token, slot) pairs in expert order, and how many each expert has (on the host: the loop needs them)."""
     flat = chosen.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=n).tolist()
-    return order // chosen.shape[1], order % chosen.shape[1], counts
+    return flat.argsort(stable=True), torch.bincount(flat, minlength=n).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +22,12 @@ def pad_rows(x: Tensor) -> Tensor:
     wanted = max(_SMALL_ROWS, rows + -rows % _ROW_MULTIPLE)
     if wanted == rows or x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
         return x
-    return F.pad(x, (0, 0, 0, wanted - rows))
+    return torch.cat((x, _zeros(wanted - rows, x.shape[1], x.dtype)))
+
+
+@lru_cache(maxsize=64)
+def _zeros(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(rows, width, dtype=dtype)
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -6,19 +6,19 @@ Shapes: T tokens, n streams, D hidden size.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.kernels.elementwise import sigmoid
 from fathom.kernels.linear import linear
+from fathom.kernels.norm import normalised
 from fathom.kernels.sinkhorn import sinkhorn
 
 
 def _projected(x_TnD: Tensor, fn: Tensor, eps: float) -> Tensor:
     """The dynamic part of every mixing weight: fn times the RMS-normalised streams, float32 [T, rows of fn]."""
     flat = x_TnD.flatten(1).float()
-    return linear(F.rms_norm(flat, flat.shape[-1:], None, eps), fn)
+    return linear(normalised(flat, eps), fn)
 
 
 def hc_pre(
@@ -36,12 +36,14 @@ def hc_pre(
 
 def hc_post(y_TD: Tensor, x_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor) -> Tensor:
     """X'_j = post_j * y + sum_i comb[i, j] X_i: the sum runs over the first index of comb."""
-    mixed = comb_Tnn.transpose(1, 2) @ x_TnD.float()
-    return torch.addcmul(mixed, post_Tn.unsqueeze(-1), y_TD.float().unsqueeze(1)).to(x_TnD.dtype)
+    out = post_Tn.unsqueeze(-1) * y_TD.float().unsqueeze(1)
+    for i, row_Tn in enumerate(comb_Tnn.unbind(1)):
+        out = torch.addcmul(out, row_Tn.unsqueeze(-1), x_TnD[:, i : i + 1].float())
+    return out.to(x_TnD.dtype)
 
 
 def _weighted(pre_Tn: Tensor, x_TnD: Tensor) -> Tensor:
-    return (pre_Tn.unsqueeze(1) @ x_TnD.float()).squeeze(1).to(x_TnD.dtype)
+    return (pre_Tn.unsqueeze(-1) * x_TnD.float()).sum(1).to(x_TnD.dtype)
 
 
 class HyperParameters(nn.Module):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fathom.kernels import quant
 from fathom.kernels.linear import grouped_linear, linear
+from fathom.kernels.norm import normalised
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> the same shape and dtype."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return (normalised(x.float(), self.eps) * self.weight.float()).to(x.dtype)
 
 
 def rms(x: Tensor, eps: float) -> Tensor:
     """RMSNorm without a weight over the last axis."""
-    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype)
+    return normalised(x.float(), eps).to(x.dtype)
