@@ -7,6 +7,7 @@ only inside one token. Slow and obvious, so that the model can be held to it. Di
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,13 @@ def fp4_sim(x: Tensor, size: int = 32) -> Tensor:
     return torch.from_numpy(np.concatenate(out)).to(x.dtype)
 
 
-def sylvester(n: int) -> list[list[int]]:
+@lru_cache
+def sylvester(n: int) -> Tensor:
     """The Hadamard matrix [[A, A], [A, -A]] of order n, grown from [[1]]."""
-    rows = [[1]]
+    rows = [[1.0]]
     while len(rows) < n:
         rows = [row + row for row in rows] + [row + [-v for v in row] for row in rows]
-    return rows
+    return torch.tensor(rows)
 
 
 def rope_frequencies(config: Mapping[str, Any], ratio: int) -> list[float]:
@@ -131,7 +133,7 @@ class Naive:
         """Hadamard and FP4 of one indexer query head or key."""
         if not self.quantize:
             return v
-        return fp4_sim(torch.tensor(sylvester(len(v)), dtype=v.dtype) @ v * len(v) ** -0.5)
+        return fp4_sim(sylvester(len(v)) @ v * len(v) ** -0.5)
 
     # ---- 2.3 hyper-connections
 
@@ -257,13 +259,17 @@ class Naive:
         ]
         return [self.hc_post(y, X, m[1], m[2]) for y, X, m in zip(ys, Xs, mixes, strict=True)]
 
-    def predict(self, Xs: Sequence[Tensor], next_tokens: Sequence[int]) -> list[Tensor]:
-        """2.12: the streams of the prediction block for rows that know the id of their next token."""
-        merged = []
+    def merged(self, Xs: Sequence[Tensor], next_tokens: Sequence[int]) -> list[Tensor]:
+        """2.12: the input of the prediction block for rows that know the id of their next token."""
+        out = []
         for X, token in zip(Xs, next_tokens, strict=True):
             e = self.linear("mtp.0.e_proj", self.norm("mtp.0.enorm", self.w["embed.weight"][token]))
-            merged.append(torch.stack([self.linear("mtp.0.h_proj", self.norm("mtp.0.hnorm", x)) + e for x in X]))
-        return self.block("mtp.0.", self.c["num_hidden_layers"], merged, next_tokens)
+            out.append(torch.stack([self.linear("mtp.0.h_proj", self.norm("mtp.0.hnorm", x)) + e for x in X]))
+        return out
+
+    def predict(self, Xs: Sequence[Tensor], next_tokens: Sequence[int]) -> list[Tensor]:
+        """The streams of the prediction block; its layer number is L."""
+        return self.block("mtp.0.", self.c["num_hidden_layers"], self.merged(Xs, next_tokens), next_tokens)
 
     def forward(self, tokens: Sequence[int]) -> Outputs:
         """All positions of one sequence, and the prediction block where the weights have it."""
