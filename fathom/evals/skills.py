@@ -27,7 +27,7 @@ class Plan:
     levels: tuple[int, ...] = LEVELS
     samples: int = 100
     seed: int = 0
-    batch: int = 32
+    batch: int = 128
     max_tokens: int = 192
     temperature: float = 0.0
 
