@@ -1,6 +1,6 @@
 """Text to token ids and back, such that only the prompt format can write control tokens. Reference recipe 3.
 
-The tokenizer file is read twice: as it is (for its control tokens and its bytes), and without added tokens, for text that
+The tokenizer file is read twice: as it is (for control tokens and bytes), and without added tokens, for text that
 a client wrote. A rendered prompt is spliced from both.
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fathom.api import Event, FinishReason, SamplingParams, Usage
-from fathom.checkpoint.load import load_model
+from fathom.config import WEIGHTS
 from fathom.engine.sampler import Sampler, sample
 from fathom.errors import CheckpointError, ConfigError, ContextError, PromptError
 from fathom.model.batch import TILE, Batch, Span
@@ -24,19 +24,13 @@ SLOTS = 32
 """Sequences that `generate_batch` computes side by side."""
 
 _SMALLEST_CACHE = 4096
-_EMBEDDED = Path(__file__).parent.parent / "weights"
 
 
 def model_folder(model: str) -> Path:
-    """The folder of a checkpoint: a path, or `small` for the embedded one. Raises CheckpointError."""
-    folder = _EMBEDDED / model if model == "small" else Path(model)
+    """The folder of a checkpoint: a path, or `small` for the embedded one. Raises CheckpointError for a bare preset."""
     if model in ("flash", "pro"):
-        raise CheckpointError(f"'{model}' is a configuration without weights: give the folder of a checkpoint, or small")
-    if not folder.is_dir():
-        raise CheckpointError(f"no model folder '{model}': give the folder of a checkpoint, or small")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"the folder {folder} has no config.json: it is not a checkpoint")
-    return folder
+        raise CheckpointError(f"'{model}' is a configuration without weights: give a checkpoint's folder, or small")
+    return WEIGHTS / "small" if model == "small" else Path(model)
 
 
 class LLM:
@@ -56,10 +50,12 @@ class LLM:
 
     @staticmethod
     def load(model: str | Path, *, threads: int | None = None, max_context: int | None = None) -> LLM:
-        """Load a checkpoint's folder, or `small`, for the CPU: stored weights are widened to the compute dtype, exactly.
+        """Load a checkpoint's folder, or `small`, for the CPU: stored weights are widened, exactly, to the compute dtype.
 
         threads: for torch; None leaves its own choice. Raises CheckpointError, ConfigError.
         """
+        from fathom.checkpoint.load import load_model
+
         if threads is not None:
             torch.set_num_threads(threads)
         loaded = load_model(model_folder(str(model)))

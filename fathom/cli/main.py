@@ -1,0 +1,121 @@
+"""The command `fathom`: options and their help. Each verb is imported when it is called, so that --help stays light."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fathom.errors import FathomError
+
+app = typer.Typer(
+    help="DeepSeek-V4: run it, look into it, convert it, train it.",
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help="A checkpoint's folder, or small (embedded).")]
+AnyModel = Annotated[str, typer.Option(help="A checkpoint's folder, or small, flash, pro.")]
+Effort = Annotated[str, typer.Option(help="How hard to think: none, high or max.")]
+MaxTokens = Annotated[int | None, typer.Option(help="The most tokens of an answer.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy; at most 2.")]
+TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability.")]
+Seed = Annotated[int | None, typer.Option(help="Repeatable sampling.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")]
+DialectName = Annotated[str | None, typer.Option("--dialect", help="Prompt dialect: april or 0813.")]
+MaxContext = Annotated[int | None, typer.Option(min=1, help="The most tokens of prompt and answer.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+@app.command()
+def chat(
+    model: Model = "small",
+    effort: Effort = "high",
+    system: Annotated[str | None, typer.Option(help="A system text before the conversation.")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    dialect: DialectName = None,
+    max_context: MaxContext = None,
+) -> None:
+    """Talk to a model; piped input is one turn a line. Answers on stdout, thinking and status on stderr."""
+    from fathom.cli.chat import chat as run
+    from fathom.cli.session import Sampling
+
+    run(model, effort, system, Sampling(temperature, top_p, max_tokens, seed), threads, dialect, max_context)
+
+
+@app.command()
+def generate(
+    model: Model = "small",
+    prompt: Annotated[str | None, typer.Option(help="The question; standard input if left out.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Continue these token ids instead, as they are: 0,17,4")] = None,
+    effort: Effort = "high",
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    threads: Threads = None,
+    dialect: DialectName = None,
+    max_context: MaxContext = None,
+) -> None:
+    """Answer one prompt."""
+    from fathom.cli.generate import generate as run
+    from fathom.cli.session import Sampling
+
+    sampling = Sampling(temperature, top_p, max_tokens, seed)
+    run(model, prompt, ids, effort, sampling, as_json, threads, dialect, max_context)
+
+
+@app.command()
+def inspect(
+    model: AnyModel = "small",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of context for KV bytes and FLOPs.")] = 1_000_000,
+    as_json: Json = False,
+    plot: Annotated[str | None, typer.Option(help="Draw KV bytes and FLOPs against context to this file.")] = None,
+) -> None:
+    """Layers, parameters, bytes, and what a token costs."""
+    from fathom.cli.inspect import inspect as run
+
+    run(model, context, as_json, plot)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and give its exit code: 2 for what a user can mend, told in one line on stderr."""
+    try:
+        return int(app(args=list(arguments) or ["--help"], prog_name="fathom", standalone_mode=False) or 0)
+    except FathomError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # Whoever read us has left; keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if usage := getattr(error, "format_message", None):
+            return _fail(str(usage()).replace("\n", " "))
+        raise
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
