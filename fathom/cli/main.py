@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fathom.cli.eval import evaluate
 from fathom.errors import FathomError
 
 app = typer.Typer(
@@ -87,6 +88,9 @@ def inspect(
     run(model, context, as_json, plot)
 
 
+app.command("eval")(evaluate)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and give its exit code: 2 for what a user can mend, told in one line on stderr."""
     try:
@@ -94,8 +98,6 @@ def run(arguments: Sequence[str]) -> int:
     except FathomError as error:
         return _fail(str(error))
     except BrokenPipeError:
-        # Whoever read us has left; keep the interpreter from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         return _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
@@ -114,7 +116,14 @@ def _fail(message: str) -> int:
 
 def main() -> None:
     """The console script."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Whoever read us has left, or the disk is full; the interpreter would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or (141 if isinstance(error, BrokenPipeError) else _fail(str(error.strerror)))
+    sys.exit(code)
 
 
 if __name__ == "__main__":
