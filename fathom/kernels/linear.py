@@ -17,10 +17,11 @@ _ROW_MULTIPLE = 4
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """`x` [T, K] with zero rows added until the row count selects the one reduction order (inference on CPU only)."""
+    """`x` [T, K] with zero rows added until the row count selects the one reduction order (inference in float32 on a CPU;
+    the BF16 product has one order for any number of rows)."""
     rows = x.shape[0]
     wanted = max(_SMALL_ROWS, rows + -rows % _ROW_MULTIPLE)
-    if wanted == rows or x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+    if wanted == rows or x.dtype != torch.float32 or x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
         return x
     return torch.cat((x, _zeros(wanted - rows, x.shape[1], x.dtype)))
 

@@ -13,17 +13,17 @@ def pool(values: Tensor, gates: Tensor) -> Tensor:
 
 
 def overlap(x: Tensor, first: bool, fill: float) -> Tensor:
-    """Windows of the overlapping compressor: x [(B+1) * r, 2 * D] -> [B, 2 * r, D].
+    """Windows of the overlapping compressor: x [..., (B+1) * r, 2 * D] -> [..., B, 2 * r, D].
 
     Window b holds the low half of block b-1 and the high half of block b. `first` says that x begins with block 0
-    itself (no earlier block: its place is `fill`), so x is [B * r, 2 * D].
+    itself (no earlier block: its place is `fill`), so x is [..., B * r, 2 * D].
     """
     ratio = 4
-    low, high = x.unflatten(0, (-1, ratio)).chunk(2, -1)
+    low, high = x.unflatten(-2, (-1, ratio)).chunk(2, -1)
     if first:
-        return _join(F.pad(low[:-1], (0, 0, 0, 0, 1, 0), value=fill), high)
-    return _join(low[:-1], high[1:])
+        return _join(F.pad(low[..., :-1, :, :], (0, 0, 0, 0, 1, 0), value=fill), high)
+    return _join(low[..., :-1, :, :], high[..., 1:, :, :])
 
 
 def _join(low: Tensor, high: Tensor) -> Tensor:
-    return torch.cat((low, high), 1)
+    return torch.cat((low, high), -2)

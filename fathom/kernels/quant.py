@@ -179,7 +179,7 @@ def fp4_to_fp8(packed: Tensor, scale: Tensor, lossy: bool = False) -> tuple[Tens
     """
     exact = dequantize_fp4(packed, scale)
     per_row = from_scale(scale).repeat_interleave(FP4_BLOCK, -1)
-    new = _tile_amax(per_row) * 2.0**-6
+    new = (_tile_amax(per_row) * 2.0**-6).clamp_min(2.0**-127)
     codes = (exact / _expand(new, exact.shape[-2], exact.shape[-1], WEIGHT_BLOCK, WEIGHT_BLOCK)).to(torch.float8_e4m3fn)
     stored = to_e8m0(new)
     if not lossy and not torch.equal(dequantize_fp8(codes, stored), exact):

@@ -46,13 +46,14 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, step: Step, state: LayerState) -> Tensor:
         """[T, D] -> [T, D]; `state` keeps the layer's rows between calls."""
         forth, back = step.turns(self.ratio)
+        forth_T1P, back_T1P = forth.unsqueeze(1), back.unsqueeze(1)
         operand = self.numerics.operand(x_TD)
         latent = self.numerics.operand(self.q_norm(self.wq_a(operand)))
         q_THC = self.wq_b(latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
-        q_THC = rotate(rms(q_THC, self.config.rms_norm_eps), forth)
+        q_THC = rotate(rms(q_THC, self.config.rms_norm_eps), forth_T1P)
         kv_TC = self._stored(rotate(self.kv_norm(self.wkv(operand)), forth))
         o_THC = torch.cat(list(self._tiles(x_TD, latent, q_THC, kv_TC, step, state)))
-        o_TGK = rotate(o_THC, back).flatten(1).unflatten(-1, (self.config.o_groups, -1))
+        o_TGK = rotate(o_THC, back_T1P).flatten(1).unflatten(-1, (self.config.o_groups, -1))
         return self.wo_b(self.numerics.operand(self.wo_a(o_TGK)))
 
     def _stored(self, row: Tensor) -> Tensor:
@@ -64,9 +65,10 @@ class Attention(nn.Module):
         index = self._index(x, latent, step) if self.ratio == 4 else ()
         for tile in step.batch.tiles:
             first = max(0, tile.start + 1 - self.config.sliding_window)
-            window = state.recent("window", tile, kv[tile.rows], first)
+            window = state.recent("window", tile, tile.of(kv), first)
             entries, kept = self._compressed(tile, projected, index, step, state)
-            yield self._attend(tile, q[tile.rows], window, entries, kept)
+            out = self._attend(tile, tile.of(q), window, entries, kept)
+            yield out if tile.docs == 1 else out.flatten(0, 1)
 
     def _index(self, x: Tensor, latent: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         projected = self.indexer.compressor.projections(x, step.batch.positions)
@@ -75,30 +77,37 @@ class Attention(nn.Module):
     def _compressed(
         self, tile: Tile, projected: Tensor, index: tuple[Tensor, ...], step: Step, state: LayerState
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The sequence's entries [n, C] and which of them each query keeps (bool [t, n])."""
+        """The sequence's entries [n, C] and which of them each query keeps, bool [t, n]; with documents in front."""
         if not self.ratio:
             return None, None
-        entries = self.compressor(tile, projected[tile.rows], step, state, self._stored)
+        entries = self.compressor(tile, tile.of(projected), step, state, self._stored)
         kept = visible_entries(tile, self.ratio, entries.device)
         if self.ratio == 4:
             proj, q, weights = index
-            keys = self.indexer.compressor(tile, proj[tile.rows], step, state, self.numerics.index)
-            kept = self.indexer(tile, keys, q[tile.rows], weights[tile.rows], kept)
+            keys = self.indexer.compressor(tile, tile.of(proj), step, state, self.numerics.index)
+            kept = self.indexer(tile, keys, tile.of(q), tile.of(weights), kept)
         return entries, kept
 
     def _attend(
         self, tile: Tile, q: Tensor, window: Tensor, entries: Tensor | None, kept: Tensor | None
     ) -> Tensor:
-        if tile.count == 1:
+        if tile.count == 1 and tile.docs == 1:
             rows = window if entries is None or kept is None else torch.cat((window, entries[kept[0]]))
             return attend(q, rows, None, self.attn_sink)
-        seen = _visible_window(tile, self.config.sliding_window, window.shape[0], q.device)
+        seen = _visible_window(tile, self.config.sliding_window, window.shape[-2], q.device)
         if entries is None or kept is None:
             return attend(q, window, seen, self.attn_sink)
-        if entries.shape[0] > _GATHER_FROM * self.config.index_topk and self.ratio == 4:
-            entries, kept = _gathered(entries, kept, self.config.index_topk)
-            window = window.expand(tile.count, -1, -1)
-        return attend(q, torch.cat((window, entries), -2), torch.cat((seen, kept), -1), self.attn_sink)
+        if self.ratio == 4 and tile.docs == 1 and entries.shape[0] > _GATHER_FROM * self.config.index_topk:
+            return self._attend_gathered(q, window, seen, entries, kept)
+        both = torch.cat((seen.expand(*kept.shape[:-1], -1), kept), -1)
+        return attend(q, torch.cat((window, entries), -2), both, self.attn_sink)
+
+    def _attend_gathered(self, q: Tensor, window: Tensor, seen: Tensor, entries: Tensor, kept: Tensor) -> Tensor:
+        """As `_attend`, each query against a copy of its own entries: less work than masking many of them."""
+        own, real = _gathered(entries, kept, self.config.index_topk)
+        rows = torch.cat((window.expand(q.shape[0], -1, -1), own), 1)
+        visible = torch.cat((seen, real), -1).unsqueeze(1)
+        return attend(q.unsqueeze(1), rows, visible, self.attn_sink).squeeze(1)
 
 
 def _visible_window(tile: Tile, size: int, rows: int, device: torch.device) -> Tensor:

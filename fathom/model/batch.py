@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,17 +26,26 @@ class Span(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A piece of a span that attention works on at once: `count` rows of the batch from `row` on."""
+    """A piece of a span that attention works on at once: `count` rows of the batch from `row` on.
+
+    Without a cache, `docs` documents of equal length that are neighbours in the batch make one tile.
+    """
 
     row: int
     start: int
     count: int
     slot: int
+    docs: int = 1
 
     @property
     def rows(self) -> slice:
         """The tile's rows in the batch."""
-        return slice(self.row, self.row + self.count)
+        return slice(self.row, self.row + self.docs * self.count)
+
+    def of(self, x: Tensor) -> Tensor:
+        """The tile's rows of x [T, ...]: [count, ...], or [docs, count, ...] for more documents than one."""
+        rows = x[self.rows]
+        return rows if self.docs == 1 else rows.unflatten(0, (self.docs, self.count))
 
     @property
     def end(self) -> int:
@@ -57,11 +67,16 @@ class Batch:
     wanted: Tensor | None
     tiles: tuple[Tile, ...]
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        wanted = None if self.wanted is None else self.wanted.to(device)
+        return Batch(self.positions.to(device), self.bounds.to(device), self.slots.to(device), wanted, self.tiles)
+
     @staticmethod
     def packed(lengths: Sequence[int], device: torch.device | str = "cpu") -> Batch:
         """Whole documents end to end, each from position 0, for training and scoring without a cache."""
         spans = [Span(0, n, i) for i, n in enumerate(lengths)]
-        return _build(spans, tuple(_whole(spans)), None, device)
+        return _build(spans, tuple(_merged(_whole(spans))), None, device)
 
     @staticmethod
     def step(
@@ -84,12 +99,18 @@ def _build(spans: Sequence[Span], tiles: tuple[Tile, ...], wanted: Tensor | None
 def _whole(spans: Sequence[Span]) -> Iterator[Tile]:
     row = 0
     for span in spans:
-        yield Tile(row, *span)
+        yield Tile(row, span.start, span.count, span.slot)
         row += span.count
 
 
+def _merged(tiles: Iterator[Tile]) -> Iterator[Tile]:
+    for count, group in groupby(tiles, key=lambda tile: tile.count):
+        first, *others = group
+        yield Tile(first.row, 0, count, first.slot, 1 + len(others))
+
+
 def _tiles(spans: Sequence[Span]) -> Iterator[Tile]:
-    for row, start, count, slot in _whole(spans):
+    for row, start, count, slot, _ in _whole(spans):
         end = start + count
         for left in [start, *range(start - start % TILE + TILE, end, TILE)]:
             right = min(left - left % TILE + TILE, end)

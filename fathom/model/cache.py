@@ -29,7 +29,7 @@ class LayerState(Protocol):
     """The memory of one layer."""
 
     def recent(self, name: str, tile: Tile, new: Tensor, first: int) -> Tensor:
-        """Keep `new` [count, W], the rows of the tile's tokens, and return those of positions first .. tile.end - 1."""
+        """Keep `new` [(docs,) count, W], the rows of the tile's tokens, and return those of positions first .. tile.end - 1."""
 
     def entries(self, name: str, tile: Tile, start: int, new: Tensor) -> Tensor:
         """Keep `new` [b, W], b >= 0, as entries start .. start + b - 1 and return all entries before start + b."""
@@ -41,7 +41,7 @@ class NoState:
     def recent(self, name: str, tile: Tile, new: Tensor, first: int) -> Tensor:
         """The rows themselves."""
         assert tile.start == 0, "a sequence without a cache begins at position 0"
-        return new[first:]
+        return new
 
     def entries(self, name: str, tile: Tile, start: int, new: Tensor) -> Tensor:
         """The entries themselves."""

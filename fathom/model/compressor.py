@@ -40,7 +40,7 @@ class Compressor(nn.Module):
     def forward(
         self, tile: Tile, projected: Tensor, step: Step, state: LayerState, stored: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """All entries [n, dim] of the tile's sequence, up to and including the blocks that the tile closes.
+        """All entries [(docs,) n, dim] of the tile's sequence, up to and including the blocks that the tile closes.
 
         projected: the tile's rows of `projections`. A new entry is normalised, rotated as a token at its block's first
         position, and brought by `stored` to the form in which it is kept.
@@ -49,8 +49,8 @@ class Compressor(nn.Module):
         first = max(begin - (self.ratio == 4), 0) * self.ratio
         rows = state.recent(self.name, tile, projected, first)
         if begin == end:
-            return state.entries(self.name, tile, begin, rows.new_empty(0, self.dim, dtype=step.dtype))
-        values, gates = rows[: end * self.ratio - first].chunk(2, -1)
+            return state.entries(self.name, tile, begin, rows[..., :0, : self.dim].to(step.dtype))
+        values, gates = rows[..., : end * self.ratio - first, :].chunk(2, -1)
         pooled = pool(self._windows(values, begin, 0.0), self._windows(gates, begin, float("-inf")))
         entry = rotate(self.norm(pooled.to(step.dtype)), step.block_turns(self.ratio, begin, end))
         return state.entries(self.name, tile, begin, stored(entry))
@@ -58,4 +58,4 @@ class Compressor(nn.Module):
     def _windows(self, rows: Tensor, begin: int, absent: float) -> Tensor:
         if self.ratio == 4:
             return overlap(rows, begin == 0, absent)
-        return rows.unflatten(0, (-1, self.ratio))
+        return rows.unflatten(-2, (-1, self.ratio))

@@ -28,12 +28,13 @@ class Indexer(nn.Module):
 
     def queries(self, x: Tensor, latent: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Index queries [T, h, d] from the query latent, and the weight [T, h] of each head, which may be negative."""
-        q = rotate(self.wq_b(latent).unflatten(-1, (self.heads, self.dim)), step.turns(4)[0])
+        q = rotate(self.wq_b(latent).unflatten(-1, (self.heads, self.dim)), step.turns(4)[0].unsqueeze(1))
         weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
         return self.numerics.index(q), weights
 
     def forward(self, tile: Tile, keys: Tensor, q: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
         """The entries that each query keeps: keys [N, d], q [t, h, d], weights [t, h], visible [t, N] -> bool [t, N].
+        All but `visible` may have a leading axis of documents.
 
         While no query sees more than `index_topk` entries every visible one is kept and nothing is scored.
         """

@@ -45,8 +45,7 @@ def turns(positions: Tensor, freqs: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotate the last 2P dims of `x` [T, ..., C] by `turn` [T, P]; pass `turn.conj()` to rotate back."""
+    """Rotate the last 2P dims of `x` [..., C] by `turn` [..., P], which broadcasts; its conjugate rotates back."""
     split = x.shape[-1] - 2 * turn.shape[-1]
     pairs = torch.view_as_complex(x[..., split:].float().unflatten(-1, (-1, 2)))
-    turned = pairs * (turn.unsqueeze(1) if x.dim() == 3 else turn)
-    return torch.cat((x[..., :split], torch.view_as_real(turned).flatten(-2).to(x.dtype)), -1)
+    return torch.cat((x[..., :split], torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)), -1)
