@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,22 @@ from fathom.errors import ConfigError
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-# What a hub adds or what describes the file and not the model: accepted and dropped.
+# Keys that describe the file, the loader or a training run, never what the model computes: accepted and dropped.
 HARMLESS = frozenset(
-    "architectures auto_map _name_or_path _commit_hash torch_dtype dtype use_cache transformers_version "
-    "initializer_range attention_dropout pad_token_id model_type is_encoder_decoder output_attentions "
-    "output_hidden_states return_dict chunk_size_feed_forward id2label label2id problem_type layer_types mlp_layer_types "
-    "compress_rates partial_rotary_factor rope_parameters attn_implementation _attn_implementation rope_interleave "
-    "router_aux_loss_coef output_router_logits router_jitter_noise max_seq_len sep_token_id decoder_start_token_id".split()
+    ("auto_map", "_name_or_path", "_commit_hash", "_attn_implementation", "attn_implementation", "torch_dtype", "dtype")
+    + ("use_cache", "transformers_version", "initializer_range", "pad_token_id", "output_attentions", "return_dict")
+    + (
+        "output_hidden_states",
+        "output_router_logits",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "problem_type",
+    )
+    + ("router_aux_loss_coef", "router_jitter_noise")
 )
 
-# Fields that have one value in this family; another value is another model.
+# What has one value in the whole family; another value is a model that is not implemented here.
 FIXED: Mapping[str, Any] = {
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
@@ -32,11 +39,25 @@ FIXED: Mapping[str, Any] = {
     "topk_method": "noaux_tc",
     "norm_topk_prob": True,
 }
+# The same for keys that are no fields of ours.
+ALSO_FIXED: Mapping[str, Any] = {
+    "model_type": "deepseek_v4",
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "is_encoder_decoder": False,
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
+}
+LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+# transformers' spellings of published fields; `_translated` reads them.
+THEIRS = frozenset(("layer_types", "mlp_layer_types", "rope_parameters", "partial_rotary_factor"))
+
+_OPTIONAL = frozenset(("expert_dtype", "quantization_config", "dspark", *FIXED))
+_MAY_BE_ZERO = frozenset(("num_nextn_predict_layers", "num_hash_layers", "bos_token_id", "eos_token_id"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """YaRN, applied in layers with a compression ratio only. Reference 2.5."""
+    """YaRN, applied in layers with a compression ratio only, without any attention factor. Reference 2.5."""
 
     factor: float
     original_max_position_embeddings: int
@@ -45,20 +66,24 @@ class RopeScaling:
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> RopeScaling:
-        """From the published mapping; a kind other than yarn is refused."""
+        """From the published mapping (`type`) or transformers' (`rope_type`). Raises ConfigError for another kind."""
         kind = raw.get("type", raw.get("rope_type"))
         if kind != "yarn":
-            raise ConfigError(f"rope_scaling type {kind!r} is not known; DeepSeek-V4 uses 'yarn'")
-        known = {f.name: raw[f.name] for f in fields(RopeScaling) if f.name in raw}
-        unknown = set(raw) - set(known) - {"type", "rope_type", "rope_theta", "attention_factor", "partial_rotary_factor"}
-        if unknown:
-            raise ConfigError(f"unknown rope_scaling key {sorted(unknown)[0]!r}: remove it or use the published form")
-        return RopeScaling(**known)
+            raise ConfigError(f"rope_scaling has the type {kind!r}: DeepSeek-V4 uses 'yarn', nothing else is known")
+        own = {f.name for f in fields(RopeScaling)}
+        _refuse_unknown("rope_scaling", set(raw) - own - {"type", "rope_type"})
+        if missing := sorted({"factor", "original_max_position_embeddings"} - set(raw)):
+            raise ConfigError(f"rope_scaling lacks {missing[0]!r}: copy it from the published configuration")
+        return RopeScaling(**{k: v for k, v in raw.items() if k in own})
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_number(f"rope_scaling.{f.name}", str(f.type), getattr(self, f.name), 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """How the checkpoint's linears are stored. Reference 3.2."""
+    """How the checkpoint's linears are stored: FP8 in 128 x 128 blocks. Reference 3.2."""
 
     quant_method: str = "fp8"
     fmt: str = "e4m3"
@@ -68,19 +93,23 @@ class Quantization:
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> Quantization:
-        """From the published mapping; another method or block size is refused."""
-        known = {f.name: raw[f.name] for f in fields(Quantization) if f.name in raw}
-        if "weight_block_size" in known:
-            known["weight_block_size"] = tuple(known["weight_block_size"])
-        quantization = Quantization(**known)
-        if (quantization.quant_method, quantization.weight_block_size) != ("fp8", (128, 128)):
-            raise ConfigError(f"quantization_config {dict(raw)} is not known; the published form is fp8 in 128x128 blocks")
-        return quantization
+        """From the published mapping. Raises ConfigError for another method, format or block size."""
+        values = {**raw, "weight_block_size": tuple(raw.get("weight_block_size", (128, 128)))}
+        for f in fields(Quantization):
+            if values.pop(f.name, f.default) != f.default:
+                text = f"quantization_config.{f.name} is {raw[f.name]!r}: only {f.default!r} is known"
+                raise ConfigError(f"{text}; bring the checkpoint to the published form first")
+        _refuse_unknown("quantization_config", set(values) - {"expert_dtype"})
+        return Quantization()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """One DeepSeek-V4 architecture. Units: sizes in elements, positions in tokens."""
+    """One DeepSeek-V4 architecture. Sizes in elements, positions in tokens. Defaults are what Flash and Pro share.
+
+    `compress_ratios` has one entry a layer and then one for the MTP block. `dspark` holds what a checkpoint with a
+    DSpark drafter says of it: the drafter is not run, so num_nextn_predict_layers is 0 here and the backbone loads.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -94,23 +123,23 @@ class ModelConfig:
     n_routed_experts: int
     num_experts_per_tok: int
     compress_ratios: tuple[int, ...]
+    index_topk: int
+    routed_scaling_factor: float
+    rope_scaling: RopeScaling | None
     num_nextn_predict_layers: int = 1
     num_key_value_heads: int = 1
     qk_rope_head_dim: int = 64
     sliding_window: int = 128
     compress_rope_theta: float = 160000.0
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 1048576
     index_n_heads: int = 64
     index_head_dim: int = 128
-    index_topk: int = 512
     n_shared_experts: int = 1
     num_hash_layers: int = 3
     scoring_func: str = "sqrtsoftplus"
     topk_method: str = "noaux_tc"
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.5
     swiglu_limit: float = 10.0
     hc_mult: int = 4
     hc_sinkhorn_iters: int = 20
@@ -123,109 +152,184 @@ class ModelConfig:
     eos_token_id: int = 1
     expert_dtype: str | None = None
     quantization_config: Quantization | None = None
-    dspark: Mapping[str, Any] = field(default_factory=dict)
+    dspark: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check(self)
 
     def ratio(self, layer: int) -> int:
-        """Compression ratio of a layer; layer `num_hidden_layers` is the MTP block."""
+        """Compression ratio of a layer: 0, 4 or 128. Layer `num_hidden_layers` is the MTP block."""
         return self.compress_ratios[layer]
 
     def is_hash(self, layer: int) -> bool:
         """Whether the layer routes by token id."""
         return layer < self.num_hash_layers
 
+    @property
+    def experts_stored(self) -> str:
+        """`fp4`, `fp8` or `bf16`. Quantised and silent, as the first published Flash was, is fp4 (reference 1.1)."""
+        return (self.expert_dtype or "fp4") if self.quantization_config else "bf16"
+
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> ModelConfig:
-        """From the published JSON; an unknown key that may change the model is refused by name."""
+        """From the published JSON, or transformers' form of it. Raises ConfigError that names the key."""
         return _from_dict(raw)
 
     @staticmethod
     def load(folder: str | Path) -> ModelConfig:
-        """From `folder`/config.json."""
+        """From `folder`/config.json. Raises ConfigError: no folder, no file, no JSON, or a key that is refused."""
         return ModelConfig.from_dict(_read(Path(folder)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The published JSON form."""
+        """The published JSON form; `from_dict` of it is equal to this."""
         return _to_dict(self)
 
 
+def _refuse_unknown(where: str, keys: set[str]) -> None:
+    if keys:
+        text = f"{where} has the unknown key {min(keys)!r}, which could change the model"
+        raise ConfigError(f"{text}: use a Fathom that knows it, or remove it if it changes nothing")
+
+
+def _fixed(name: str, value: Any, known: Any) -> None:
+    if value != known:
+        raise ConfigError(f"{name} is {value!r}: DeepSeek-V4 has {known!r}, nothing else is implemented")
+
+
 def _from_dict(raw: Mapping[str, Any]) -> ModelConfig:
-    kind = raw.get("model_type", "deepseek_v4")
-    if kind != "deepseek_v4":
-        raise ConfigError(f"model_type is {kind!r}; this program runs 'deepseek_v4' only")
-    names = {f.name for f in fields(ModelConfig)}
-    values: dict[str, Any] = {k: v for k, v in raw.items() if k in names}
+    for name in raw.get("architectures") or ():
+        _fixed("architectures", name, "DeepseekV4ForCausalLM")
+    for name in ALSO_FIXED.keys() & raw.keys():
+        _fixed(name, raw[name], ALSO_FIXED[name])
+    own = {f.name for f in fields(ModelConfig)} - {"dspark"}
     dspark = {k: v for k, v in raw.items() if k.startswith("dspark_")}
-    unknown = sorted(set(raw) - names - HARMLESS - set(dspark))
-    if unknown:
-        raise ConfigError(f"config.json has the unknown key {unknown[0]!r}, which may change the model: remove it to go on")
-    values.update(_nested(raw), dspark=dspark)
-    missing = sorted(f.name for f in fields(ModelConfig) if _required(f) and f.name not in values)
-    if missing:
-        raise ConfigError(f"config.json lacks {missing[0]!r}; copy it from the published configuration")
-    return ModelConfig(**values)
+    _refuse_unknown(
+        "config.json", set(raw) - own - HARMLESS - THEIRS - set(ALSO_FIXED) - set(dspark) - {"architectures"}
+    )
+    values = _merged({k: v for k, v in raw.items() if k in own}, _translated(raw))
+    if missing := sorted(own - _OPTIONAL - set(values)):
+        raise ConfigError(f"config.json lacks {missing[0]!r}: copy it from the published configuration")
+    if dspark:
+        dspark |= {k: values[k] for k in ("num_nextn_predict_layers", "compress_ratios")}
+        values["num_nextn_predict_layers"] = 0
+    return ModelConfig(**{**values, **_nested(values, bool(dspark))}, dspark=dspark or None)
 
 
-def _required(f: Any) -> bool:
-    from dataclasses import MISSING
+def _merged(values: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Published fields, completed by transformers' spellings of them; what is said twice must agree."""
+    for name, value in theirs.items():
+        said = values.get(name, value)
+        if name == "rope_scaling":
+            said = _yarn(said)
+        elif name == "compress_ratios":
+            said = list(said)[: len(value)]
+        if said != value:
+            raise ConfigError(f"config.json says {name} twice: as {said!r} and, in transformers' form, as {value!r}")
+        values.setdefault(name, value)
+    return values
 
-    return f.default is MISSING and f.default_factory is MISSING
 
-
-def _nested(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are not plain values."""
+def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The published fields that transformers spells another way. Its own names are in `THEIRS`."""
     out: dict[str, Any] = {}
-    if raw.get("rope_scaling"):
-        out["rope_scaling"] = RopeScaling.from_dict(raw["rope_scaling"])
-    if raw.get("quantization_config"):
-        out["quantization_config"] = Quantization.from_dict(raw["quantization_config"])
-    ratios = tuple(raw.get("compress_ratios", ()))
-    layers = raw.get("num_hidden_layers", len(ratios))
-    extra = raw.get("num_nextn_predict_layers", 1)
-    out["compress_ratios"] = ratios + (0,) * (layers + extra - len(ratios))
+    if kinds := raw.get("layer_types"):
+        if foreign := set(kinds) - set(LAYER_TYPES):
+            raise ConfigError(f"layer_types has {min(foreign)!r}: only {', '.join(LAYER_TYPES)} are known")
+        out["compress_ratios"] = [LAYER_TYPES[kind] for kind in kinds]
+    if kinds := raw.get("mlp_layer_types"):
+        out["num_hash_layers"] = count = kinds.count("hash_moe")
+        _fixed("mlp_layer_types", list(kinds), ["hash_moe"] * count + ["moe"] * (len(kinds) - count))
+    if rope := raw.get("rope_parameters"):
+        out |= _rope(rope)
+    if (factor := raw.get("partial_rotary_factor")) and "head_dim" in raw:
+        out["qk_rope_head_dim"] = round(raw["head_dim"] * factor)
+    if dtype := (raw.get("quantization_config") or {}).get("expert_dtype"):
+        out["expert_dtype"] = dtype
     return out
+
+
+def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' rope_parameters: `main` for the layers without compression, `compress` for the others."""
+    nested = {"main", "compress"} == set(rope)
+    main, compress = (rope["main"], dict(rope["compress"])) if nested else ({}, dict(rope))
+    _fixed("rope_parameters.main.rope_type", main.get("rope_type", "default"), "default")
+    _fixed("rope_parameters.compress.attention_factor", compress.pop("attention_factor", 1.0), 1.0)
+    compress.pop("partial_rotary_factor", None)
+    theta = compress.pop("rope_theta", None)
+    plain = compress.get("rope_type", "default") == "default" and "type" not in compress
+    out = {"rope_scaling": None if plain else RopeScaling.from_dict(compress)}
+    thetas = {"rope_theta": main.get("rope_theta"), "compress_rope_theta": theta} if nested else {"rope_theta": theta}
+    return out | {name: value for name, value in thetas.items() if value is not None}
+
+
+def _yarn(value: Any) -> RopeScaling | None:
+    return value if isinstance(value, RopeScaling) or not value else RopeScaling.from_dict(value)
+
+
+def _nested(values: Mapping[str, Any], backbone_only: bool) -> dict[str, Any]:
+    """The fields that are not plain values."""
+    stored, ratios = values.get("quantization_config"), tuple(values["compress_ratios"])
+    layers, extra = values["num_hidden_layers"], values["num_nextn_predict_layers"]
+    if len(ratios) == layers:
+        ratios += (0,) * extra  # transformers' form has no entry for the MTP block, which attends to its window only
+    elif backbone_only or (extra == 0 and len(ratios) == layers + 1):
+        ratios = ratios[:layers]
+    return {
+        "rope_scaling": _yarn(values["rope_scaling"]),
+        "compress_ratios": ratios,
+        "quantization_config": Quantization.from_dict(stored) if stored else None,
+    }
+
+
+def _check_number(name: str, kind: str, value: Any, least: int) -> None:
+    if kind == "int" and (type(value) is not int or value < least):
+        raise ConfigError(f"{name} is {value!r}: it must be a whole number of at least {least}")
+    if kind == "float" and (type(value) not in (int, float) or not math.isfinite(value) or value <= 0):
+        raise ConfigError(f"{name} is {value!r}: it must be a number above 0")
 
 
 def _check(c: ModelConfig) -> None:
     for name, value in FIXED.items():
-        if getattr(c, name) != value:
-            raise ConfigError(f"{name} is {getattr(c, name)!r}; DeepSeek-V4 has {value!r} and nothing else is implemented")
-    wide = c.num_attention_heads * c.head_dim
-    expected = c.num_hidden_layers + c.num_nextn_predict_layers
+        _fixed(name, getattr(c, name), value)
+    for f in fields(c):
+        _check_number(f.name, str(f.type), getattr(c, f.name), 0 if f.name in _MAY_BE_ZERO else 1)
+    wide, layers = c.num_attention_heads * c.head_dim, c.num_hidden_layers + c.num_nextn_predict_layers
+    rope, index, k = c.qk_rope_head_dim, c.index_head_dim, c.num_experts_per_tok
     rules = {
-        f"compress_ratios has {len(c.compress_ratios)} entries for {expected} layers (the MTP block included)": (
-            expected <= len(c.compress_ratios) <= expected + 1
-        ),
-        "compress_ratios may hold 0, 4 and 128 only": set(c.compress_ratios) <= {0, 4, 128},
+        f"compress_ratios has {len(c.compress_ratios)} entries for {layers} layers (the MTP block is one)": len(
+            c.compress_ratios
+        )
+        == layers,
+        f"compress_ratios is {c.compress_ratios}: it may hold 0, 4 and 128 only": set(c.compress_ratios) <= {0, 4, 128},
         f"o_groups {c.o_groups} does not divide heads x head_dim = {wide}": wide % c.o_groups == 0,
-        "num_experts_per_tok exceeds n_routed_experts": c.num_experts_per_tok <= c.n_routed_experts,
-        "qk_rope_head_dim must be even and below head_dim": c.qk_rope_head_dim % 2 == 0
-        and c.qk_rope_head_dim < c.head_dim,
+        f"num_experts_per_tok {k} exceeds n_routed_experts {c.n_routed_experts}": k <= c.n_routed_experts,
+        f"num_hash_layers {c.num_hash_layers} exceeds num_hidden_layers": c.num_hash_layers <= c.num_hidden_layers,
+        f"qk_rope_head_dim {rope} is odd, or not below head_dim": rope % 2 == 0 and rope < c.head_dim,
+        f"index_head_dim {index} is no power of two, or below qk_rope_head_dim": index.bit_count() == 1
+        and rope <= index,
+        f"bos_token_id {c.bos_token_id} is outside the vocabulary": c.bos_token_id < c.vocab_size,
+        f"eos_token_id {c.eos_token_id} is outside the vocabulary": c.eos_token_id < c.vocab_size,
         f"expert_dtype {c.expert_dtype!r} is not fp4 or fp8": c.expert_dtype in (None, "fp4", "fp8"),
     }
     for message, holds in rules.items():
         if not holds:
-            raise ConfigError(f"config.json: {message}")
+            raise ConfigError(f"{message}; compare with the published config.json")
 
 
 def _to_dict(c: ModelConfig) -> dict[str, Any]:
-    out: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
-    for f in fields(ModelConfig):
-        value = getattr(c, f.name)
-        if value is not None and f.name != "dspark":
-            out[f.name] = list(value) if isinstance(value, tuple) else value
-    out["torch_dtype"] = "bfloat16"
-    out.update(c.dspark)
+    plain = {f.name: getattr(c, f.name) for f in fields(c) if f.name != "dspark"}
+    out: dict[str, Any] = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "torch_dtype": "bfloat16",
+    }
+    out |= {name: value for name, value in plain.items() if value is not None or name == "rope_scaling"}
+    out["compress_ratios"] = list(c.compress_ratios)
     if c.rope_scaling:
-        s = c.rope_scaling
-        out["rope_scaling"] = {"type": "yarn", **{f.name: getattr(s, f.name) for f in fields(RopeScaling)}}
+        out["rope_scaling"] = {"type": "yarn", **asdict(c.rope_scaling)}
     if c.quantization_config:
-        q = c.quantization_config
-        out["quantization_config"] = {f.name: getattr(q, f.name) for f in fields(Quantization)}
-        out["quantization_config"]["weight_block_size"] = list(q.weight_block_size)
-    return out
+        out["quantization_config"] = {**asdict(c.quantization_config), "weight_block_size": [128, 128]}
+    return {**out, **(c.dspark or {})}
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -235,15 +339,13 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{folder} has no config.json: it is not a checkpoint folder") from None
+        raise ConfigError(f"{folder} has no config.json: give the folder of a checkpoint") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        raise ConfigError(f"{path} is not valid JSON ({error}): fetch it again") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} does not hold a JSON object")
+        raise ConfigError(f"{path} does not hold a JSON object: fetch it again")
     return raw
 
-
-_YARN = RopeScaling(factor=16, original_max_position_embeddings=65536, beta_fast=32, beta_slow=1)
 
 FLASH = ModelConfig(
     vocab_size=129280,
@@ -257,37 +359,33 @@ FLASH = ModelConfig(
     moe_intermediate_size=2048,
     n_routed_experts=256,
     num_experts_per_tok=6,
-    compress_ratios=(0, 0) + (4, 128) * 20 + (4,) + (0,),
-    rope_scaling=_YARN,
+    compress_ratios=(0, 0) + (4, 128) * 20 + (4, 0),
+    index_topk=512,
+    routed_scaling_factor=1.5,
+    rope_scaling=RopeScaling(factor=16, original_max_position_embeddings=65536),
     expert_dtype="fp4",
     quantization_config=Quantization(),
 )
 
-PRO = ModelConfig(
-    vocab_size=129280,
+PRO = replace(
+    FLASH,
     hidden_size=7168,
     num_hidden_layers=61,
     num_attention_heads=128,
-    head_dim=512,
     q_lora_rank=1536,
     o_groups=16,
-    o_lora_rank=1024,
     moe_intermediate_size=3072,
     n_routed_experts=384,
-    num_experts_per_tok=6,
-    compress_ratios=(128, 128) + (4, 128) * 29 + (4,) + (0,),
+    compress_ratios=(128, 128) + (4, 128) * 29 + (4, 0),
     index_topk=1024,
     routed_scaling_factor=2.5,
-    rope_scaling=_YARN,
-    expert_dtype="fp4",
-    quantization_config=Quantization(),
 )
 
 
 def preset(name: str) -> ModelConfig:
-    """The configuration of `flash`, `pro` (without weights here) or `small` (embedded)."""
+    """The configuration of `flash`, `pro` (no weights here) or `small` (embedded). Raises ConfigError for another."""
     if name in ("flash", "pro"):
-        return {"flash": FLASH, "pro": PRO}[name]
+        return FLASH if name == "flash" else PRO
     if name == "small":
         return ModelConfig.load(WEIGHTS / "small")
     raise ConfigError(f"unknown model {name!r}: give a folder with config.json, or flash, pro or small")
