@@ -329,6 +329,13 @@ class Session:
 
 
 @torch.inference_mode()
+def draft(session: Session, slot: int, x: Tensor, following: Sequence[int], start: int) -> Tensor:
+    """The prediction block's streams for rows x [n, D-streams] at start .. and the ids that follow each of them."""
+    batch = Batch.step([Span(start, len(following), slot)], "all")
+    return session.model.draft(x, torch.tensor(following), batch, session.cache)
+
+
+@torch.inference_mode()
 def packed_logits(model: Transformer, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
     """One call without a cache over whole sequences laid end to end -> the logits [S, V] of each."""
     tokens = torch.tensor([token for ids in sequences for token in ids])
