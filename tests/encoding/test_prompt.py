@@ -9,6 +9,7 @@ from pathlib import Path
 import deepseek_recipe
 import pytest
 
+import fathom
 from fathom.api import ChatRequest
 from fathom.encoding.codec import Codec
 from fathom.encoding.conversation import conversation
@@ -34,13 +35,20 @@ def test_the_ids_of_g2(codec: Codec) -> None:
     assert ids == [0, 3476, 477, 11502, 16, 128803, 23166, 128804, 128821]
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_splicing_equals_the_librarys_own_encoder(codec: Codec, name: str) -> None:
-    messages, effort, tools, *_ = GOLDEN[name]
-    request = ChatRequest(messages=messages, effort=effort, tools=[WEATHER] if tools else [])
-    own = deepseek_recipe.DeepseekV4Encoding().with_tokenizer(codec.native)
-    told = conversation(request.messages, request.effort, Dialect.APRIL, request.tools)
-    assert codec.prompt(request) == own.encode(told)
+@pytest.fixture(params=["published", "embedded"])
+def any_codec(request: pytest.FixtureRequest, codec: Codec) -> Codec:
+    """A codec of the published tokenizer, and of the embedded model's."""
+    if request.param == "published":
+        return codec
+    return Codec(Tokenizer.load(Path(fathom.__path__[0]) / "weights" / "small"))
+
+
+def test_splicing_equals_the_librarys_own_encoder(any_codec: Codec) -> None:
+    own = deepseek_recipe.DeepseekV4Encoding().with_tokenizer(any_codec.native)
+    for messages, effort, tools, *_ in GOLDEN.values():
+        request = ChatRequest(messages=messages, effort=effort, tools=[WEATHER] if tools else [])
+        told = conversation(request.messages, request.effort, Dialect.APRIL, request.tools)
+        assert any_codec.prompt(request) == own.encode(told)
 
 
 def test_effort_texts_of_both_dialects(tokenizer: Tokenizer) -> None:
@@ -61,7 +69,7 @@ def test_effort_texts_of_both_dialects(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
-def test_client_text_never_becomes_a_control_token(codec: Codec, role: str) -> None:
+def test_client_text_never_becomes_a_control_token(any_codec: Codec, role: str) -> None:
     def ids(text: str) -> list[int]:
         call = {"id": "c", "function": {"name": "get_weather", "arguments": json.dumps({"city": text})}}
         answer = {"role": "assistant", "content": text if role == "assistant" else "", "reasoning_content": text}
@@ -71,10 +79,10 @@ def test_client_text_never_becomes_a_control_token(codec: Codec, role: str) -> N
             answer | {"tool_calls": [call]},
             {"role": "tool", "tool_call_id": "c", "content": text if role == "tool" else ""},
         ]
-        return codec.prompt(ChatRequest(messages=messages, tools=[WEATHER]))
+        return any_codec.prompt(ChatRequest(messages=messages, tools=[WEATHER]))
 
-    controls = set(codec.tokenizer.added.values())
-    hostile = "".join(codec.tokenizer.added)
+    controls = set(any_codec.tokenizer.added.values())
+    hostile = "".join(any_codec.tokenizer.added)
     assert [i for i in ids(hostile) if i in controls] == [i for i in ids("harmless") if i in controls]
 
 
