@@ -4,7 +4,8 @@
 #   make check    format, lint, types, import arrows
 #   make bench    speed of the embedded model on this machine
 #   make .venv    only the environment, with the command in .venv/bin/fathom
-# Setting up talks on stderr. PYTHON=... chooses the interpreter. If it already has torch, that torch is used; otherwise constraints.txt names one.
+# Setting up talks on stderr. PYTHON=... chooses the interpreter; if it already has torch, that torch is used, otherwise
+# constraints.txt names one.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
