@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,46 +13,37 @@ from fathom.errors import ConfigError
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-# Keys that describe the file, the loader or a training run, never what the model computes: accepted and dropped.
-HARMLESS = frozenset(
-    ("auto_map", "_name_or_path", "_commit_hash", "_attn_implementation", "attn_implementation", "torch_dtype", "dtype")
-    + ("use_cache", "transformers_version", "initializer_range", "pad_token_id", "output_attentions", "return_dict")
-    + (
-        "output_hidden_states",
-        "output_router_logits",
-        "chunk_size_feed_forward",
-        "id2label",
-        "label2id",
-        "problem_type",
-    )
-    + ("router_aux_loss_coef", "router_jitter_noise")
-)
-
+# Keys that never change what the model computes: accepted and dropped.
+HARMLESS: Mapping[str, tuple[str, ...]] = {
+    "the file": ("_name_or_path", "_commit_hash", "auto_map", "transformers_version", "torch_dtype", "dtype"),
+    "what a caller gets": ("return_dict", "output_attentions", "output_hidden_states", "output_router_logits"),
+    "how it is run": ("use_cache", "pad_token_id", "attn_implementation", "_attn_implementation"),
+    "other tasks": ("id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
+    "training elsewhere": ("initializer_range", "router_aux_loss_coef", "router_jitter_noise"),
+}
 # What has one value in the whole family; another value is a model that is not implemented here.
 FIXED: Mapping[str, Any] = {
+    "model_type": "deepseek_v4",
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
     "hidden_act": "silu",
     "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
     "tie_word_embeddings": False,
+    "is_encoder_decoder": False,
     "scoring_func": "sqrtsoftplus",
     "topk_method": "noaux_tc",
     "norm_topk_prob": True,
-}
-# The same for keys that are no fields of ours.
-ALSO_FIXED: Mapping[str, Any] = {
-    "model_type": "deepseek_v4",
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "is_encoder_decoder": False,
     "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
 }
+# transformers' spellings of published fields, read by `_translated`.
+THEIRS = ("layer_types", "mlp_layer_types", "rope_parameters", "partial_rotary_factor")
 LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
-# transformers' spellings of published fields; `_translated` reads them.
-THEIRS = frozenset(("layer_types", "mlp_layer_types", "rope_parameters", "partial_rotary_factor"))
 
-_OPTIONAL = frozenset(("expert_dtype", "quantization_config", "dspark", *FIXED))
-_MAY_BE_ZERO = frozenset(("num_nextn_predict_layers", "num_hash_layers", "bos_token_id", "eos_token_id"))
+_KNOWN = frozenset(("architectures", *FIXED, *THEIRS, *(name for names in HARMLESS.values() for name in names)))
+_OPTIONAL = frozenset(("expert_dtype", "quantization_config", *FIXED))
+_MAY_BE_ZERO = ("num_nextn_predict_layers", "num_hash_layers", "bos_token_id", "eos_token_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,13 +190,11 @@ def _fixed(name: str, value: Any, known: Any) -> None:
 def _from_dict(raw: Mapping[str, Any]) -> ModelConfig:
     for name in raw.get("architectures") or ():
         _fixed("architectures", name, "DeepseekV4ForCausalLM")
-    for name in ALSO_FIXED.keys() & raw.keys():
-        _fixed(name, raw[name], ALSO_FIXED[name])
+    for name in FIXED.keys() & raw.keys():
+        _fixed(name, raw[name], FIXED[name])
     own = {f.name for f in fields(ModelConfig)} - {"dspark"}
     dspark = {k: v for k, v in raw.items() if k.startswith("dspark_")}
-    _refuse_unknown(
-        "config.json", set(raw) - own - HARMLESS - THEIRS - set(ALSO_FIXED) - set(dspark) - {"architectures"}
-    )
+    _refuse_unknown("config.json", set(raw) - own - _KNOWN - set(dspark))
     values = _merged({k: v for k, v in raw.items() if k in own}, _translated(raw))
     if missing := sorted(own - _OPTIONAL - set(values)):
         raise ConfigError(f"config.json lacks {missing[0]!r}: copy it from the published configuration")
@@ -250,16 +239,15 @@ def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' rope_parameters: `main` for the layers without compression, `compress` for the others."""
-    nested = {"main", "compress"} == set(rope)
-    main, compress = (rope["main"], dict(rope["compress"])) if nested else ({}, dict(rope))
+    _refuse_unknown("rope_parameters", set(rope) - {"main", "compress"})
+    main, compress = rope.get("main", {}), dict(rope.get("compress", {}))
     _fixed("rope_parameters.main.rope_type", main.get("rope_type", "default"), "default")
     _fixed("rope_parameters.compress.attention_factor", compress.pop("attention_factor", 1.0), 1.0)
     compress.pop("partial_rotary_factor", None)
-    theta = compress.pop("rope_theta", None)
-    plain = compress.get("rope_type", "default") == "default" and "type" not in compress
-    out = {"rope_scaling": None if plain else RopeScaling.from_dict(compress)}
-    thetas = {"rope_theta": main.get("rope_theta"), "compress_rope_theta": theta} if nested else {"rope_theta": theta}
-    return out | {name: value for name, value in thetas.items() if value is not None}
+    thetas = {"rope_theta": main.get("rope_theta"), "compress_rope_theta": compress.pop("rope_theta", None)}
+    plain = compress.get("rope_type", "default") == "default"
+    out = {name: value for name, value in thetas.items() if value is not None}
+    return {**out, "rope_scaling": None if plain else RopeScaling.from_dict(compress)}
 
 
 def _yarn(value: Any) -> RopeScaling | None:
@@ -289,31 +277,28 @@ def _check_number(name: str, kind: str, value: Any, least: int) -> None:
 
 
 def _check(c: ModelConfig) -> None:
-    for name, value in FIXED.items():
-        _fixed(name, getattr(c, name), value)
     for f in fields(c):
+        if f.name in FIXED:
+            _fixed(f.name, getattr(c, f.name), FIXED[f.name])
         _check_number(f.name, str(f.type), getattr(c, f.name), 0 if f.name in _MAY_BE_ZERO else 1)
-    wide, layers = c.num_attention_heads * c.head_dim, c.num_hidden_layers + c.num_nextn_predict_layers
-    rope, index, k = c.qk_rope_head_dim, c.index_head_dim, c.num_experts_per_tok
-    rules = {
-        f"compress_ratios has {len(c.compress_ratios)} entries for {layers} layers (the MTP block is one)": len(
-            c.compress_ratios
-        )
-        == layers,
-        f"compress_ratios is {c.compress_ratios}: it may hold 0, 4 and 128 only": set(c.compress_ratios) <= {0, 4, 128},
-        f"o_groups {c.o_groups} does not divide heads x head_dim = {wide}": wide % c.o_groups == 0,
-        f"num_experts_per_tok {k} exceeds n_routed_experts {c.n_routed_experts}": k <= c.n_routed_experts,
-        f"num_hash_layers {c.num_hash_layers} exceeds num_hidden_layers": c.num_hash_layers <= c.num_hidden_layers,
-        f"qk_rope_head_dim {rope} is odd, or not below head_dim": rope % 2 == 0 and rope < c.head_dim,
-        f"index_head_dim {index} is no power of two, or below qk_rope_head_dim": index.bit_count() == 1
-        and rope <= index,
-        f"bos_token_id {c.bos_token_id} is outside the vocabulary": c.bos_token_id < c.vocab_size,
-        f"eos_token_id {c.eos_token_id} is outside the vocabulary": c.eos_token_id < c.vocab_size,
-        f"expert_dtype {c.expert_dtype!r} is not fp4 or fp8": c.expert_dtype in (None, "fp4", "fp8"),
-    }
-    for message, holds in rules.items():
-        if not holds:
+    for message, broken in _rules(c):
+        if broken:
             raise ConfigError(f"{message}; compare with the published config.json")
+
+
+def _rules(c: ModelConfig) -> Iterator[tuple[str, bool]]:
+    """What fields must be to each other: a message, and whether it is broken."""
+    layers, entries = c.num_hidden_layers + c.num_nextn_predict_layers, len(c.compress_ratios)
+    wide, rope, index = c.num_attention_heads * c.head_dim, c.qk_rope_head_dim, c.index_head_dim
+    yield f"compress_ratios has {entries} entries for {layers} layers (MTP block included)", entries != layers
+    yield f"compress_ratios is {c.compress_ratios}, not of 0, 4 and 128", not set(c.compress_ratios) <= {0, 4, 128}
+    yield f"o_groups {c.o_groups} does not divide heads x head_dim = {wide}", wide % c.o_groups > 0
+    yield "num_experts_per_tok exceeds n_routed_experts", c.num_experts_per_tok > c.n_routed_experts
+    yield "num_hash_layers exceeds num_hidden_layers", c.num_hash_layers > c.num_hidden_layers
+    yield f"qk_rope_head_dim {rope} is odd, or not below head_dim", rope % 2 > 0 or rope >= c.head_dim
+    yield f"index_head_dim {index} is no power of two, or below qk_rope_head_dim", index.bit_count() > 1 or rope > index
+    yield "bos_token_id or eos_token_id is outside vocab_size", max(c.bos_token_id, c.eos_token_id) >= c.vocab_size
+    yield f"expert_dtype {c.expert_dtype!r} is not fp4 or fp8", c.expert_dtype not in (None, "fp4", "fp8")
 
 
 def _to_dict(c: ModelConfig) -> dict[str, Any]:
