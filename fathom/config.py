@@ -43,6 +43,8 @@ LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavil
 
 _KNOWN = frozenset(("architectures", *FIXED, *THEIRS, *(name for names in HARMLESS.values() for name in names)))
 _OPTIONAL = frozenset(("expert_dtype", "quantization_config", *FIXED))
+_LISTS = {"architectures": str, "compress_ratios": int, "layer_types": str, "mlp_layer_types": str}
+_OBJECTS = ("rope_scaling", "rope_parameters", "quantization_config")
 _MAY_BE_ZERO = ("num_nextn_predict_layers", "num_hash_layers", "bos_token_id", "eos_token_id")
 
 
@@ -85,7 +87,7 @@ class Quantization:
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> Quantization:
         """From the published mapping. Raises ConfigError for another method, format or block size."""
-        values = {**raw, "weight_block_size": tuple(raw.get("weight_block_size", (128, 128)))}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
         for f in fields(Quantization):
             if values.pop(f.name, f.default) != f.default:
                 text = f"quantization_config.{f.name} is {raw[f.name]!r}: only {f.default!r} is known"
@@ -188,6 +190,7 @@ def _fixed(name: str, value: Any, known: Any) -> None:
 
 
 def _from_dict(raw: Mapping[str, Any]) -> ModelConfig:
+    _check_form(raw)
     for name in raw.get("architectures") or ():
         _fixed("architectures", name, "DeepseekV4ForCausalLM")
     for name in FIXED.keys() & raw.keys():
@@ -195,13 +198,31 @@ def _from_dict(raw: Mapping[str, Any]) -> ModelConfig:
     own = {f.name for f in fields(ModelConfig)} - {"dspark"}
     dspark = {k: v for k, v in raw.items() if k.startswith("dspark_")}
     _refuse_unknown("config.json", set(raw) - own - _KNOWN - set(dspark))
-    values = _merged({k: v for k, v in raw.items() if k in own}, _translated(raw))
+    said = {k: v for k, v in raw.items() if k in own and (v is not None or k == "rope_scaling")}
+    values = _merged(said, _translated(raw))
     if missing := sorted(own - _OPTIONAL - set(values)):
         raise ConfigError(f"config.json lacks {missing[0]!r}: copy it from the published configuration")
     if dspark:
         dspark |= {k: values[k] for k in ("num_nextn_predict_layers", "compress_ratios")}
         values["num_nextn_predict_layers"] = 0
     return ModelConfig(**{**values, **_nested(values, bool(dspark))}, dspark=dspark or None)
+
+
+def _check_form(raw: Mapping[str, Any]) -> None:
+    """Every value is of its JSON kind, so that what follows may work with it."""
+    for name, kind in _LISTS.items():
+        if not isinstance(raw.get(name, []), list | None) or not all(type(x) is kind for x in raw.get(name) or ()):
+            raise ConfigError(f"{name} is {raw[name]!r}: it must be a list of {kind.__name__}")
+    objects = {name: raw.get(name) for name in _OBJECTS}
+    if isinstance(rope := raw.get("rope_parameters"), dict):
+        objects |= {f"rope_parameters.{name}": value for name, value in rope.items()}
+    for name, value in objects.items():
+        if not isinstance(value, dict | None):
+            raise ConfigError(f"{name} is {value!r}: it must be a JSON object")
+    for f in fields(ModelConfig):
+        if f.name in raw and f.name not in FIXED:
+            _check_number(f.name, str(f.type), raw[f.name], 0 if f.name in _MAY_BE_ZERO else 1)
+    _check_number("partial_rotary_factor", "float", raw.get("partial_rotary_factor") or 1.0, 0)
 
 
 def _merged(values: dict[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +248,7 @@ def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
         out["compress_ratios"] = [LAYER_TYPES[kind] for kind in kinds]
     if kinds := raw.get("mlp_layer_types"):
         out["num_hash_layers"] = count = kinds.count("hash_moe")
-        _fixed("mlp_layer_types", list(kinds), ["hash_moe"] * count + ["moe"] * (len(kinds) - count))
+        _fixed("mlp_layer_types", kinds, ["hash_moe"] * count + ["moe"] * (len(kinds) - count))
     if rope := raw.get("rope_parameters"):
         out |= _rope(rope)
     if (factor := raw.get("partial_rotary_factor")) and "head_dim" in raw:
@@ -240,7 +261,7 @@ def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' rope_parameters: `main` for the layers without compression, `compress` for the others."""
     _refuse_unknown("rope_parameters", set(rope) - {"main", "compress"})
-    main, compress = rope.get("main", {}), dict(rope.get("compress", {}))
+    main, compress = rope.get("main") or {}, dict(rope.get("compress") or {})
     _fixed("rope_parameters.main.rope_type", main.get("rope_type", "default"), "default")
     _fixed("rope_parameters.compress.attention_factor", compress.pop("attention_factor", 1.0), 1.0)
     compress.pop("partial_rotary_factor", None)
@@ -251,7 +272,7 @@ def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _yarn(value: Any) -> RopeScaling | None:
-    return value if isinstance(value, RopeScaling) or not value else RopeScaling.from_dict(value)
+    return value if isinstance(value, RopeScaling | None) else RopeScaling.from_dict(value)
 
 
 def _nested(values: Mapping[str, Any], backbone_only: bool) -> dict[str, Any]:
@@ -265,7 +286,7 @@ def _nested(values: Mapping[str, Any], backbone_only: bool) -> dict[str, Any]:
     return {
         "rope_scaling": _yarn(values["rope_scaling"]),
         "compress_ratios": ratios,
-        "quantization_config": Quantization.from_dict(stored) if stored else None,
+        "quantization_config": Quantization.from_dict(stored) if stored is not None else None,
     }
 
 
