@@ -80,7 +80,7 @@ def inspect(
     model: AnyModel = "small",
     context: Annotated[int, typer.Option(min=1, help="Tokens of context for KV bytes and FLOPs.")] = 1_000_000,
     as_json: Json = False,
-    plot: Annotated[str | None, typer.Option(help="Draw KV bytes and FLOPs against context to this file.")] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw KV bytes and FLOPs against context to this SVG file.")] = None,
 ) -> None:
     """Layers, parameters, bytes, and what a token costs."""
     from fathom.cli.inspect import inspect as run
