@@ -45,9 +45,8 @@ def inspect(model: str, context: int, as_json: bool, plot: str | None) -> None:
         raise ConfigError(f"--plot {plot}: that folder does not exist, make it first")
     known = model in ("flash", "pro", "small")
     config = preset(model) if known else ModelConfig.load(model)
-    figures = {"model": model, **report(config, context)}
-    if not known:
-        figures["files"] = stored_files(Path(model))
+    files = None if known else stored_files(Path(model))
+    figures = {"model": model, **report(config, context), "files": files}
     if plot:
         _write(Path(plot), picture())
     if as_json:
@@ -113,9 +112,15 @@ def _header_sums(path: Path) -> Stored:
         try:
             header: Any = json.loads(file.read(length)) if length <= size else None
             spans = [t["data_offsets"] for name, t in header.items() if name != "__metadata__"]
-            return Stored(len(spans), sum(end - begin for begin, end in spans), 0)
+            count, end = len(spans), max((end for _, end in spans), default=0)
+            held = sum(end - begin for begin, end in spans)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise CheckpointError(f"{path} has no readable safetensors header: fetch the file again") from None
+    if size != 8 + length + end:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes and not the {8 + length + end:,} of its header: fetch it again"
+        )
+    return Stored(count, held, 0)
 
 
 # --- for people
@@ -125,8 +130,10 @@ def show(figures: dict[str, Any]) -> None:
     """The figures as a table on stdout."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{figures['model']} at {figures['context']:,} tokens of context", title_justify="left")
+    title = Text(f"{figures['model']} at {figures['context']:,} tokens of context")
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_column("", style="bold")
     table.add_column("", justify="right")
     table.add_column("")
@@ -134,7 +141,6 @@ def show(figures: dict[str, Any]) -> None:
         for row in section(figures):
             table.add_row(*row)
         table.add_section()
-    table.show_header = False
     Console().print(table)
 
 
@@ -158,7 +164,7 @@ def _parameter_rows(figures: dict[str, Any]) -> Rows:
 
 
 def _checkpoint_rows(figures: dict[str, Any]) -> Rows:
-    stored, files = figures["checkpoint"], figures.get("files")
+    stored, files = figures["checkpoint"], figures["files"]
     rows = [
         ("tensors", f"{stored['tensors']:,}", ""),
         ("bytes", f"{stored['bytes']:,}", _short(stored["bytes"]) + "B"),
