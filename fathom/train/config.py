@@ -19,6 +19,7 @@ class DataConfig:
     prompt_weight: loss weight of prompt tokens; completions weigh 1.
     extra_turns: chance that another question and answer comes before the last one of a document.
     length_multiple: documents are filled up to a multiple of so many tokens, so that many have equal lengths and run as one.
+    waste: padding that a document may get to share the length of others, as a share of its own.
     workers: processes that write documents, so that a step never waits; 0 writes them in the trainer itself.
     """
 

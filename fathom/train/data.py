@@ -15,6 +15,7 @@ from multiprocessing.pool import AsyncResult, Pool
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -77,7 +78,7 @@ class Packed:
     def to(self, device: torch.device | str) -> Packed:
         """The same on another device."""
         moved = (self.tokens, self.targets, self.weights, self.targets_after, self.weights_after, self.efforts)
-        return Packed(self.batch.to(device), *(t.to(device, non_blocking=True) for t in moved))
+        return Packed(self.batch.to(device), *(t.to(device) for t in moved))
 
 
 def write(task: Task, effort: str, earlier: Sequence[Task], renderer: Renderer, prompt_weight: float) -> Document:
@@ -95,32 +96,36 @@ def write(task: Task, effort: str, earlier: Sequence[Task], renderer: Renderer, 
     return Document(prompt + completion, weights, effort)
 
 
-Columns = tuple[list[int], list[np.ndarray]]
+Columns = tuple[list[int], list[npt.NDArray[Any]]]
 """A packed batch on its way between processes: document lengths, then the columns of `Packed`."""
 
 
-def lay(documents: Sequence[Document], multiple: int = 1) -> Columns:
-    """Documents end to end, longest first; each is filled up to a multiple of so many tokens, which weigh nothing.
+def lay(documents: Sequence[Document], waste: float = 0.0) -> Columns:
+    """Documents end to end, longest first; documents of equal length are neighbours and run as one.
 
-    Documents of equal length are neighbours and run as one, so a coarse `multiple` makes few and large pieces.
+    A document is filled up to the length of a longer one before it when that adds at most the share `waste`. What follows a
+    document's end cannot change it, and weighs nothing.
     """
     ordered = sorted(documents, key=lambda d: -len(d.tokens))
-    rows = [_columns(d, -len(d.tokens) % multiple) for d in ordered]
-    return [len(r[0]) for r in rows], [np.concatenate(column) for column in zip(*rows, strict=True)]
+    lengths: list[int] = []
+    for own in (len(d.tokens) for d in ordered):
+        lengths.append(lengths[-1] if lengths and lengths[-1] <= own * (1 + waste) else own)
+    rows = [_columns(d, n) for d, n in zip(ordered, lengths, strict=True)]
+    return lengths, [np.concatenate(column) for column in zip(*rows, strict=True)]
 
 
-def _columns(d: Document, fill: int) -> list[np.ndarray]:
-    tokens = np.array(d.tokens + d.tokens[-1:] * (fill + 2))
-    weights = np.array(d.weights + [0.0] * (fill + 2), np.float32)
-    n = len(d.tokens) + fill
-    shifted = [column[i : i + n] for i in (0, 1, 2) for column in (tokens, weights)]
-    return [shifted[0], *shifted[2:], np.full(n, EFFORTS.index(d.effort))]
+def _columns(d: Document, length: int) -> list[npt.NDArray[Any]]:
+    room = length + 2 - len(d.tokens)
+    tokens = np.array(d.tokens + d.tokens[-1:] * room)
+    weights = np.array(d.weights + [0.0] * room, np.float32)
+    shifted = [column[i : i + length] for i in (0, 1, 2) for column in (tokens, weights)]
+    return [shifted[0], *shifted[2:], np.full(length, EFFORTS.index(d.effort))]
 
 
-def pack(columns: Columns) -> Packed:
-    """The batch that `lay` wrote."""
-    lengths, arrays = columns
-    return Packed(Batch.packed(lengths), *(torch.from_numpy(a) for a in arrays))
+def pack(laid: Columns) -> Packed:
+    """A batch of tensors from laid documents."""
+    lengths, columns = laid
+    return Packed(Batch.packed(lengths), *(torch.from_numpy(column) for column in columns))
 
 
 def draw(number: int, config: DataConfig, renderer: Renderer) -> list[Document]:
@@ -157,7 +162,7 @@ def _begin(config: DataConfig, open_renderer: Callable[[], Renderer]) -> None:
 
 def _work(number: int) -> Columns:
     config, renderer = _drawing
-    return lay(draw(number, config, renderer), config.length_multiple)
+    return lay(draw(number, config, renderer), config.waste)
 
 
 class Feed:
@@ -179,8 +184,7 @@ class Feed:
         if self._pool is None:
             assert self._renderer is not None
             self._number += 1
-            documents = draw(self._number - 1, self._config, self._renderer)
-            return pack(lay(documents, self._config.length_multiple))
+            return pack(lay(draw(self._number - 1, self._config, self._renderer), self._config.waste))
         while len(self._ahead) < AHEAD * self._config.workers:
             self._ahead.append(self._pool.apply_async(_work, (self._number,)))
             self._number += 1
