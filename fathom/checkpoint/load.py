@@ -1,26 +1,29 @@
-"""A checkpoint folder becomes a model: everything is checked first, then each tensor is read once, into its place."""
+"""From a checkpoint's folder to a model, module by module: never more than one of them twice in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fathom.checkpoint.check import backbone, check, needed, quantised, read_scale
-from fathom.checkpoint.names import Kind, Place, inventory, scale_shape, skeleton, stored_shape
+from fathom.checkpoint.folder import Checkpoint
+from fathom.checkpoint.names import DTYPES, Entry, specs, with_drafter
 from fathom.checkpoint.reader import Meter, Progress, Reader
 from fathom.config import ModelConfig
 from fathom.errors import CheckpointError
-from fathom.kernels.quant import WEIGHT_BLOCK, dequantize
+from fathom.kernels.quant import WEIGHT_BLOCK
 from fathom.model.layers import Linear, Numerics
-from fathom.model.moe import Experts, Gate
+from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
 
-Form = tuple[Tensor, Tensor | None]
-"""A stored weight and its scale."""
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """The folder's configuration; `dspark` is set where its `mtp.*` are a drafter. Raises ConfigError, CheckpointError."""
+    config = ModelConfig.load(folder)
+    return with_drafter(config, Reader(folder).tensors)
 
 
 def load_model(
@@ -29,107 +32,116 @@ def load_model(
     numerics: Numerics | None = None,
     device: str | torch.device = "cpu",
     dense: bool = True,
-    progress: Progress | None = None,
+    verify: bool = False,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Transformer:
-    """The model of a folder in the published layout, in evaluation mode, its weights frozen.
+    """A checkpoint in the published layout as a model, in evaluation mode, its parameters frozen.
 
-    numerics: by default float32, with activations quantised iff the checkpoint's weights are.
-    dense: widen FP8 and FP4 weights to the compute dtype, exactly; otherwise they stay as stored.
-    Raises ConfigError, and CheckpointError that names tensor and file, before anything large is read.
+    numerics: by default float32, with the activation quantisers on exactly if a weight is stored quantised.
+    dense: widen FP8 and FP4 weights to the compute dtype, exactly, as `Transformer.densify` does; False keeps them stored.
+    verify: also look for NaN and infinity in weights, not only in scales.
+    Raises ConfigError and CheckpointError; names, shapes and dtypes are checked before any data is read.
     """
-    config = ModelConfig.load(folder)
-    with Reader(folder) as reader:
-        config = backbone(config, reader.entries)
-        places = inventory(config)
-        check(reader, config, places)
-        reader.meter = Meter(sum(entry.size for entry in needed(reader, places)), progress)
-        numerics = numerics or Numerics(quantize=quantised(reader, places))
-        model = skeleton(config, numerics)
-        _fill(model, reader, places, torch.device(device))
-    if dense:
-        model.densify()
+    checkpoint = Checkpoint(folder)
+    numerics = numerics or Numerics(quantize=checkpoint.quantised)
+    with torch.device("meta"):
+        model = Transformer(checkpoint.config, numerics)
+    loader = _Loader(checkpoint, torch.device(device), verify, Meter(checkpoint.bytes, progress))
+    groups = [(path, list(group)) for path, group in groupby(checkpoint.entries, key=lambda entry: entry.module)]
+    for _, group in groups:
+        loader.check(group)
+    for path, group in groups:
+        module = model.get_submodule(path)
+        loader.fill(module, group)
+        if dense:
+            _widen(module, numerics.dtype)
+    _empty_buffers(model, torch.device(device))
     return model.eval()
 
 
-def check_drafting(model: Transformer) -> None:
-    """Raises CheckpointError if the model cannot draft: without an MTP block, or with a DSpark drafter in its place."""
-    if model.config.dspark is not None:
-        text = "this checkpoint drafts with DSpark blocks, which are not implemented"
-        raise CheckpointError(f"{text}: generate without drafts, or use the checkpoint with the MTP block")
-    if not model.mtp:
-        raise CheckpointError("this checkpoint has no MTP block to draft with: generate without drafts")
+class _Loader:
+    """Fills modules from a checkpoint."""
 
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, verify: bool, meter: Meter) -> None:
+        self.checkpoint, self.device, self.verify, self.meter = checkpoint, device, verify, meter
 
-def _fill(model: Transformer, reader: Reader, places: Mapping[str, Place], device: torch.device) -> None:
-    w13: Form | None = None
-    for parameter, group in groupby(places.values(), key=lambda place: place.parameter):
-        own = list(group)
-        weight, scale = _parameter(reader, own)
-        form = weight.to(device), None if scale is None else scale.to(device)
-        path, leaf = parameter.rpartition(".")[::2]
-        module = model.get_submodule(path)
+    def check(self, group: Sequence[Entry]) -> None:
+        """Whether the experts of a layer can be stacked as they are stored. Raises CheckpointError."""
+        if group[0].kind == "expert":
+            for name in ("w13", "w2"):
+                self._common_form([entry for entry in group if entry.parameter.endswith(name)])
+
+    def fill(self, module: nn.Module, group: Sequence[Entry]) -> None:
+        """Put the tensors of `group`, which are all `module`'s own, into it."""
         if isinstance(module, Experts):
-            if leaf == "w13":
-                w13 = form
-            elif w13:
-                module.store(*w13, *form)
-        elif isinstance(module, Linear):
-            module.store(*form)
-        else:
-            _set(module, leaf, form[0])
+            module.store(*self._stack(group, "w13"), *self._stack(group, "w2"))
+            return
+        for entry in group:
+            weight, scale = self._read(entry)
+            if isinstance(module, Linear):
+                module.store(weight, scale)
+            else:
+                _assign(module, entry.parameter.rpartition(".")[2], weight)
+
+    def _read(self, entry: Entry) -> tuple[Tensor, Tensor | None]:
+        weight, scale = self.checkpoint.read(entry, verify=self.verify)
+        self.meter.add(weight.nbytes + (0 if scale is None else scale.nbytes))
+        if entry.kind == "f32":
+            weight = weight.float()
+        if entry.kind == "table":
+            weight = weight.long()
+        return weight.to(self.device), None if scale is None else scale.to(self.device)
+
+    def _stack(self, group: Sequence[Entry], name: str) -> tuple[Tensor, Tensor | None]:
+        """The experts' matrices of one parameter in one tensor, and their scales in another."""
+        parts = [entry for entry in group if entry.parameter.endswith(name)]
+        form, stored = self._common_form(parts)
+        halves = 2 if name == "w13" else 1
+        stacks = [
+            torch.empty(len(parts) // halves, halves * s.shape[0], s.shape[1], dtype=d, device=self.device)
+            for s, d in zip(specs(parts[0], form), stored, strict=True)
+        ]
+        for i, entry in enumerate(parts):
+            for stack, tensor in zip(stacks, self._read(entry), strict=False):
+                assert tensor is not None
+                stack[i // halves].chunk(halves)[i % halves].copy_(tensor)
+        return stacks[0], stacks[1] if len(stacks) > 1 else None
+
+    def _common_form(self, parts: Sequence[Entry]) -> tuple[str, list[torch.dtype]]:
+        """The form of all `parts` and the dtypes of weight and scales. Raises CheckpointError where they differ."""
+        tensors = self.checkpoint.reader.tensors
+        form = self.checkpoint.form(parts[0])
+        names = [(e.name,) if form == "bf16" else (e.name, e.scale) for e in parts]
+        dtypes = [[tensors[name].dtype for name in pair if name in tensors] for pair in names]
+        for entry, found in zip(parts, dtypes, strict=True):
+            if found != dtypes[0]:
+                text = (
+                    f"{entry.name} in {tensors[entry.name].file} is stored as {found}, the layer's first as {dtypes[0]}"
+                )
+                raise CheckpointError(f"{text}; bring all experts of a layer to one form with `fathom convert`")
+        if form == "fp8" and parts[0].shape[0] % WEIGHT_BLOCK:
+            text = f"{parts[0].name} has {parts[0].shape[0]} rows: FP8 experts need a multiple of {WEIGHT_BLOCK}"
+            raise CheckpointError(f"{text}; use `fathom convert --experts bf16`")
+        return form, [DTYPES[dtype] for dtype in dtypes[0]]
+
+
+def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+    is_parameter = isinstance(getattr(module, name), nn.Parameter)
+    setattr(module, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+
+
+def _widen(module: nn.Module, dtype: torch.dtype) -> None:
+    """What `Transformer.densify` does, for one module, so that no more than one is in memory twice."""
+    if isinstance(module, Linear | Experts):
+        module.densify(dtype)
+    if dtype == torch.float32:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
+
+
+def _empty_buffers(model: Transformer, device: torch.device) -> None:
+    """Zero what is counted while training and not stored."""
     for module in model.modules():
-        if isinstance(module, Gate):
-            module.load = torch.zeros(module.load.shape, device=device)
-
-
-def _set(module: nn.Module, leaf: str, value: Tensor) -> None:
-    if leaf in module._buffers:
-        module._buffers[leaf] = value
-    else:
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-
-
-def _parameter(reader: Reader, places: list[Place]) -> Form:
-    """One parameter of ours as it is stored, all its parts in one tensor."""
-    first, dtype = places[0], reader.entries[places[0].name].dtype
-    assert dtype is not None
-    if dtype == torch.float8_e4m3fn and first.parts > 1 and first.shape[0] % WEIGHT_BLOCK:
-        return _widened(reader, places), None
-    weight = torch.empty(_stack(places, stored_shape(first.shape, dtype)), dtype=dtype)
-    for place in places:
-        reader.read(place.name, out=place.of(weight))
-    if (shape := scale_shape(first.shape, dtype)) is None:
-        return _checked(reader, first, weight), None
-    scale = torch.empty(_stack(places, shape), dtype=reader.entries[first.scale].dtype)
-    for place in places:
-        read_scale(reader, place.scale, place.of(scale))
-    return weight, scale
-
-
-def _stack(places: list[Place], shape: tuple[int, ...]) -> tuple[int, ...]:
-    first = places[0]
-    if first.expert is None:
-        return shape
-    return (len(places) // first.parts, first.parts * shape[0], *shape[1:])
-
-
-def _checked(reader: Reader, place: Place, tensor: Tensor) -> Tensor:
-    if place.kind is Kind.TABLE:
-        experts = _experts(reader, place)
-        if tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < experts:
-            file = reader.entries[place.name].file
-            raise CheckpointError(f"{file} has expert ids outside 0 to {experts - 1} in {place.name}: fetch it again")
-    return tensor.float() if place.kind is Kind.FULL else tensor
-
-
-def _experts(reader: Reader, place: Place) -> int:
-    """How many experts the router beside a table knows."""
-    return reader.entries[place.name.removesuffix("tid2eid") + "weight"].shape[0]
-
-
-def _widened(reader: Reader, places: list[Place]) -> Tensor:
-    """Experts whose FP8 blocks would straddle the border of w1 and w3, as exact float32 values."""
-    out = torch.empty(_stack(places, places[0].shape))
-    for place in places:
-        place.of(out).copy_(dequantize(reader.read(place.name), read_scale(reader, place.scale)))
-    return out
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
