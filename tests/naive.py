@@ -28,28 +28,26 @@ def nearest_code(x: np.ndarray, mantissa_bits: int, least_exponent: int, largest
     return np.clip(np.rint(x / quantum) * quantum, -largest, largest)
 
 
-def blocks_of(x: Tensor, size: int) -> list[np.ndarray]:
-    """The vector cut into blocks, the last one perhaps shorter, in float64 (exact for float32 input)."""
+def blocks_of(x: Tensor, size: int) -> np.ndarray:
+    """The vector cut into blocks, one a row, the last one filled up with zeros; float64 is exact for float32 input."""
     values = x.detach().to(torch.float64).numpy()
-    return [values[i : i + size] for i in range(0, len(values), size)]
+    return np.pad(values, (0, -len(values) % size)).reshape(-1, size)
 
 
 def fp8_sim(x: Tensor, size: int) -> Tensor:
     """Quantise a vector to e4m3 with one power-of-two scale per block (section 4). 448 = 0.875 * 2**9."""
-    out = []
-    for block in blocks_of(x, size):
-        scale = power_of_two_at_least(np.maximum(np.abs(block).max(), np.float32(1e-4)), 0.875, 9)
-        out.append(nearest_code(block / scale, 3, -6, 448.0) * scale)
-    return torch.from_numpy(np.concatenate(out)).to(x.dtype)
+    blocks = blocks_of(x, size)
+    amax = np.abs(blocks).max(1, keepdims=True)
+    scale = power_of_two_at_least(np.maximum(amax, np.float32(1e-4)), 0.875, 9)
+    return torch.from_numpy(nearest_code(blocks / scale, 3, -6, 448.0) * scale).flatten()[: len(x)].to(x.dtype)
 
 
 def fp4_sim(x: Tensor, size: int = 32) -> Tensor:
     """Quantise a vector to e2m1 with one power-of-two scale per block (section 4). 6 = 0.75 * 2**3."""
-    out = []
-    for block in blocks_of(x, size):
-        scale = power_of_two_at_least(np.maximum(np.abs(block).max(), 6 * 2.0**-126), 0.75, 3)
-        out.append(nearest_code(block / scale, 1, 0, 6.0) * scale)
-    return torch.from_numpy(np.concatenate(out)).to(x.dtype)
+    blocks = blocks_of(x, size)
+    amax = np.abs(blocks).max(1, keepdims=True)
+    scale = power_of_two_at_least(np.maximum(amax, 6 * 2.0**-126), 0.75, 3)
+    return torch.from_numpy(nearest_code(blocks / scale, 1, 0, 6.0) * scale).flatten()[: len(x)].to(x.dtype)
 
 
 @lru_cache
@@ -61,34 +59,38 @@ def sylvester(n: int) -> Tensor:
     return torch.tensor(rows)
 
 
-def rope_frequencies(config: Mapping[str, Any], ratio: int) -> list[float]:
-    """Section 2.5: plain base in window layers, compress_rope_theta with YaRN in layers that compress."""
+def rope_frequencies(config: Mapping[str, Any], ratio: int) -> list[np.float32]:
+    """Section 2.5: plain base in window layers, compress_rope_theta with YaRN in layers that compress.
+
+    In float32, as are the angles below: the model was trained with that rounding, which grows with the position.
+    """
     dims = config["qk_rope_head_dim"]
-    base = config["compress_rope_theta"] if ratio else config["rope_theta"]
-    plain = [base ** (-2 * i / dims) for i in range(dims // 2)]
+    base = np.float32(config["compress_rope_theta"] if ratio else config["rope_theta"])
+    plain = [np.float32(1) / base ** np.float32(2 * i / dims) for i in range(dims // 2)]
     scaling = config.get("rope_scaling")
     if not ratio or not scaling:
         return plain
 
     def dim_of(rotations: float) -> float:
         length = scaling["original_max_position_embeddings"]
-        return dims * math.log(length / (2 * math.pi * rotations)) / (2 * math.log(base))
+        return dims * math.log(length / (2 * math.pi * rotations)) / (2 * math.log(float(base)))
 
     low = max(math.floor(dim_of(scaling["beta_fast"])), 0)
     high = min(math.ceil(dim_of(scaling["beta_slow"])), dims - 1)
     out = []
     for i, f in enumerate(plain):
-        ramp = min(max((i - low) / max(high - low, 0.001), 0.0), 1.0)
-        out.append(f * (1 - ramp) + f / scaling["factor"] * ramp)
+        ramp = np.float32(min(max((i - low) / max(high - low, 0.001), 0.0), 1.0))
+        out.append(f * (1 - ramp) + f / np.float32(scaling["factor"]) * ramp)
     return out
 
 
-def rotate(x: Tensor, position: int, frequencies: Sequence[float], sign: int = 1) -> Tensor:
+def rotate(x: Tensor, position: int, frequencies: Sequence[np.float32], sign: int = 1) -> Tensor:
     """Rotate the last dims of [..., d] pairwise by position * frequency; sign -1 undoes it."""
     dims = 2 * len(frequencies)
     keep, pairs = x[..., :-dims], x[..., -dims:].unflatten(-1, (-1, 2))
-    cos = torch.tensor([math.cos(position * f) for f in frequencies], dtype=x.dtype)
-    sin = torch.tensor([sign * math.sin(position * f) for f in frequencies], dtype=x.dtype)
+    angles = [float(np.float32(position) * f) for f in frequencies]
+    cos = torch.tensor([math.cos(a) for a in angles], dtype=x.dtype)
+    sin = torch.tensor([sign * math.sin(a) for a in angles], dtype=x.dtype)
     real, imag = pairs[..., 0], pairs[..., 1]
     turned = torch.stack((real * cos - imag * sin, real * sin + imag * cos), -1).flatten(-2)
     return torch.cat((keep, turned), -1)
@@ -130,10 +132,12 @@ class Naive:
         return torch.cat((fp8_sim(row[:nope], 64), row[nope:].to(torch.bfloat16).to(row.dtype)))
 
     def index_vector(self, v: Tensor) -> Tensor:
-        """Hadamard and FP4 of one indexer query head or key."""
+        """Hadamard and FP4 of an indexer key [d], or of the query heads [h, d]."""
         if not self.quantize:
             return v
-        return fp4_sim(sylvester(len(v)) @ v * len(v) ** -0.5)
+        size = v.shape[-1]
+        turned = v @ sylvester(size).to(v.dtype) * size**-0.5
+        return fp4_sim(turned.flatten()).view(v.shape)  # blocks of 32 never straddle two heads
 
     # ---- 2.3 hyper-connections
 
@@ -165,7 +169,7 @@ class Naive:
 
     # ---- 2.7 compressor, 2.8 indexer
 
-    def entries(self, prefix: str, xs: list[Tensor], ratio: int, frequencies: Sequence[float]) -> list[Tensor]:
+    def entries(self, prefix: str, xs: list[Tensor], ratio: int, frequencies: Sequence[np.float32]) -> list[Tensor]:
         """Compressed entries of all complete blocks, before they are stored."""
         d = len(self.w[prefix + ".norm.weight"])
         a = [self.w[prefix + ".wkv.weight"] @ x for x in xs]
@@ -183,13 +187,17 @@ class Naive:
             out.append(rotate(self.norm(prefix + ".norm", pooled), b * ratio, frequencies))
         return out
 
-    def selected(self, prefix: str, x: Tensor, qr: Tensor, t: int, keys: list[Tensor], f: Sequence[float]) -> list[int]:
+    def selected(
+        self, prefix: str, x: Tensor, qr: Tensor, t: int, keys: list[Tensor], f: Sequence[np.float32]
+    ) -> list[int]:
         """The index_topk best visible entries of query t; equal scores go to the lower index."""
         heads, d = self.c["index_n_heads"], self.c["index_head_dim"]
         q = rotate(self.linear(prefix + ".wq_b", qr).view(heads, d), t, f)
-        q = torch.stack([self.index_vector(head) for head in q])
+        q = self.index_vector(q)
         w = self.w[prefix + ".weights_proj.weight"] @ x * (d**-0.5 * heads**-0.5)
-        scores = [float((w * torch.relu(q @ keys[b])).sum()) for b in range((t + 1) // 4)]
+        if t < 3:
+            return []
+        scores = (torch.relu(torch.stack(keys[: (t + 1) // 4]) @ q.T) @ w).tolist()
         return sorted(range(len(scores)), key=lambda b: (-scores[b], b))[: self.c["index_topk"]]
 
     # ---- 2.6 attention

@@ -1,5 +1,8 @@
-"""Number formats against their definitions: every code, every scale, every tie. The closed forms stand in tests/naive.py
-and here (bit patterns and popcounts); nothing below is computed by the code under test twice."""
+"""Number formats against their definitions: every code, every scale, every tie.
+
+The closed forms stand in tests/naive.py and here (bit patterns, popcounts); no expected value comes from the code under
+test.
+"""
 
 import math
 

@@ -29,8 +29,8 @@ CLOSE = 1e-5
 """Agreement to float32 rounding, relative to the largest value of the block's output."""
 FLIPPED = 0.2
 """The most that flipped steps may move a position in one block (measured: 0.054)."""
-AGREE = 0.9
-"""The least share of positions that agree to rounding, over all blocks of all draws (measured: 0.96)."""
+AGREE = 0.93
+"""The least share of positions that agree to rounding, over all blocks of all draws (measured: 0.98)."""
 
 DRAWS: list[tuple[int, dict[str, Any]]] = [
     (0, {"compress_ratios": [4, 128, 0], "num_hidden_layers": 2, "num_hash_layers": 1, "index_topk": 8}),
@@ -75,12 +75,49 @@ class Watched:
         return torch.cat(ins), torch.cat(outs)
 
 
-def setup(seed: int, fixed: dict[str, Any], quantize: bool) -> tuple[oracle.Config, oracle.Weights, Watched, list[int]]:
+def setup(
+    seed: int, fixed: dict[str, Any], quantize: bool, outliers: bool = False
+) -> tuple[oracle.Config, oracle.Weights, Watched, list[int]]:
     config = oracle.draw_config(seed, blocked=True, vocab_size=64, num_attention_heads=4, **fixed)
     weights = oracle.draw_weights(config, seed)
+    weights = with_outliers(config, weights) if outliers else weights
     model = oracle.our_model(config, weights, Numerics(quantize=quantize))
     ids = torch.randint(0, 64, (LENGTH,), generator=torch.Generator().manual_seed(seed)).tolist()
     return config, weights, Watched(model), ids
+
+
+OUTLIER, CHANNEL = 2.0**16, 3
+NORMS = ("attn_norm.weight", "ffn_norm.weight", "enorm.weight", "hnorm.weight")
+ROW_NORMS = ("kv_norm.weight", "attn.compressor.norm.weight")
+READERS = (
+    "wq_a.weight",
+    ".wkv.weight",
+    ".wgate.weight",
+    "weights_proj.weight",
+    "gate.weight",
+    "w1.weight",
+    "w3.weight",
+)
+
+
+def with_outliers(config: oracle.Config, weights: oracle.Weights) -> oracle.Weights:
+    """One huge channel in the first half of a block of 128, read with tiny weights.
+
+    Values that share a scale with it fall among the format's smallest and lose bits; which ones do tells the size of
+    the block. Ordinary values hardly ever do, whatever the size.
+    """
+    out = {name: w.clone() for name, w in weights.items()}
+    dim = config["head_dim"]
+    for name, w in out.items():
+        if name.endswith((*NORMS, *ROW_NORMS)):
+            w[CHANNEL] *= OUTLIER
+        elif name.endswith((*READERS, "e_proj.weight", "h_proj.weight")):
+            w[:, CHANNEL] /= OUTLIER
+        elif name.endswith("attn.wq_b.weight"):
+            w.view(-1, dim, w.shape[1])[:, CHANNEL] /= OUTLIER
+        elif name.endswith("wo_a.weight"):
+            w.view(len(w), -1, dim)[..., CHANNEL] /= OUTLIER
+    return out
 
 
 def per_position(got: Tensor, want: Tensor) -> Tensor:
@@ -147,6 +184,12 @@ def test_blocks_agree_with_the_naive_composition(seed: int, fixed: dict[str, Any
         naive = Naive(weights, config, quantize)
         outputs = whole(watched, ids) if way == "prefill" else split(watched, ids, random.Random(seed))
         judge(way, naive, watched, ids, *outputs)
+
+
+def test_quantisation_blocks_have_the_size_of_the_reference() -> None:
+    fixed = {"compress_ratios": [4, 128, 0], "num_hidden_layers": 2, "num_hash_layers": 1, "head_dim": 192}
+    config, weights, watched, ids = setup(3, fixed, True, outliers=True)
+    judge("outliers", Naive(weights, config, True), watched, ids, *whole(watched, ids))
 
 
 def test_nearly_all_positions_agree_to_rounding() -> None:

@@ -6,6 +6,7 @@ equals their prefill). Positions after a routing or selection decision closer th
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -42,19 +43,19 @@ def table(say: Callable[[str], None]) -> Iterator[None]:
 class Truth:
     """A configuration, the same weights twice, and three sequences with the logits that transformers gives them."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, length: int | None = None, rows: int = 4, **fixed: Any) -> None:
         self.seed, self.rng = seed, random.Random(1000 + seed)
-        self.config = oracle.draw_config(seed)
+        self.config = oracle.draw_config(seed, **fixed)
         weights = oracle.draw_weights(self.config, seed)
         theirs = oracle.transformers_model(self.config, weights)
         self.model = oracle.our_model(self.config, weights)
-        length = self.rng.choice((60, 131, 150, 261, 300, 390))
-        ids = torch.randint(0, self.config["vocab_size"], (4, length), generator=torch.Generator().manual_seed(seed))
+        length = length or self.rng.choice((60, 131, 150, 261, 300, 390))
+        ids = torch.randint(0, self.config["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
         margins = oracle.Margins(theirs, self.config)
         with torch.inference_mode():
             logits = theirs(ids, use_cache=False).logits
-        safe = margins.safe(4, length)
-        best = sorted(range(4), key=lambda row: -safe[row])[:3]
+        safe = margins.safe(rows, length)
+        best = sorted(range(rows), key=lambda row: -safe[row])[:3]
         self.ids = [ids[row].tolist() for row in best]
         self.safe = [safe[row] for row in best]
         self.want = [logits[row] for row in best]
@@ -95,11 +96,13 @@ def test_every_split_of_every_draw_agrees_with_transformers(seed: int) -> None:
 
 
 def packed(truth: Truth) -> None:
-    """Without a cache: documents of different lengths end to end."""
-    lengths = [len(truth.ids[0]), truth.rng.randint(1, 140), truth.rng.randint(1, len(truth.ids[0]))]
-    sequences = [ids[: min(n, len(ids))] for ids, n in zip(truth.ids, lengths, strict=True)]
-    for row, got in enumerate(oracle.packed_logits(truth.model, sequences)):
-        truth.check("packed", row, 0, got)
+    """Without a cache: documents end to end, neighbours of equal length and others."""
+    full, rng = len(truth.ids[0]), truth.rng
+    n = rng.randint(1, full)
+    for lengths in ((full, rng.randint(1, min(140, full)), n), (n, n, n), (rng.randint(1, full), 5, 5)):
+        sequences = [ids[:count] for ids, count in zip(truth.ids, lengths, strict=True)]
+        for row, got in enumerate(oracle.packed_logits(truth.model, sequences)):
+            truth.check("packed", row, 0, got)
 
 
 def prefill(truth: Truth) -> None:
@@ -169,6 +172,23 @@ def rewind(truth: Truth) -> None:
             right = truth.ids[0][at : at + truth.rng.randint(1, 8)]
             if right:
                 truth.check("rewind", 0, at, session.feed({0: right})[0])
+
+
+def test_a_long_sequence_agrees_after_the_cache_has_dropped_its_old_rows() -> None:
+    """1,700 tokens, decoded and rewound where the cache's buffer of recent rows slides, and far beyond YaRN's range."""
+    fixed: dict[str, Any] = {"compress_ratios": [4, 128, 0], "num_hidden_layers": 2, "sliding_window": 128}
+    truth = Truth(40, 1700, 1, num_attention_heads=4, vocab_size=64, **fixed)
+    session = Session(truth.model, max_context=1712)
+    for start in (770, 1030, 1284, 1536, 1680):
+        for a, b in oracle.cuts(truth.rng, session.length[0], start, most=400):
+            truth.check("chunks", 0, a, session.feed({0: truth.ids[0][a:b]})[0])
+        for _ in range(4):
+            at = session.length[0]
+            session.feed({0: [truth.rng.randrange(64) for _ in range(8)]})
+            session.length[0] = at
+            right = truth.ids[0][at : at + truth.rng.randint(1, 5)]
+            truth.check("rewind", 0, at, session.feed({0: right})[0])
+    assert truth.safe[0] > 1500
 
 
 @pytest.mark.parametrize("seed", [0, 4, 9])
