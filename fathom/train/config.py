@@ -18,7 +18,6 @@ class DataConfig:
     tokens_per_batch: documents are added until a batch holds at least this many tokens.
     prompt_weight: loss weight of prompt tokens; completions weigh 1.
     extra_turns: chance that another question and answer comes before the last one of a document.
-    length_multiple: documents are filled up to a multiple of so many tokens, so that many have equal lengths and run as one.
     waste: padding that a document may get to share the length of others, as a share of its own.
     workers: processes that write documents, so that a step never waits; 0 writes them in the trainer itself.
     """
@@ -30,7 +29,7 @@ class DataConfig:
     max_document: int = 2048
     prompt_weight: float = 0.1
     extra_turns: float = 0.1
-    length_multiple: int = 32
+    waste: float = 0.12
     workers: int = 1
 
 
@@ -39,8 +38,8 @@ class OptimConfig:
     """Muon for matrices and AdamW for the rest, at one learning rate (reference training 4).
 
     ns_steps: Newton-Schulz steps with the fast and with the settling coefficients; the paper's are (8, 2).
-    decay_vectors: whether AdamW's decay also holds for norms, biases and gating factors. clip: largest norm of the whole
-    gradient.
+    decay_vectors: whether AdamW's decay also holds for norms, biases and gating factors.
+    clip: largest norm of the whole gradient.
     """
 
     lr: float = 2e-3
@@ -58,8 +57,9 @@ class OptimConfig:
 class ScheduleConfig:
     """How long, and the shape of the learning rate: linear warm-up, constant, then cosine down to `floor` of the peak.
 
-    Exactly one of `minutes` (wall time of stepping) and `steps` bounds the run. warmup is in steps, decay is the share of the
-    run that the cosine takes, qat the share at the end in which weights and activations are quantised in the forward.
+    Exactly one of `minutes` (wall time of stepping) and `steps` bounds the run. warmup is in steps, decay is the share
+    of the run that the cosine takes, qat the share at the end in which weights and activations are quantised in the
+    forward.
     """
 
     minutes: float | None = None

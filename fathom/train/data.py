@@ -36,8 +36,6 @@ Message = dict[str, Any]
 class Renderer(Protocol):
     """The prompt format of a checkpoint, as the encoding room speaks it."""
 
-    eos: int
-
     def prompt(self, messages: Sequence[Message], effort: str, tools: Sequence[Any]) -> list[int]:
         """Token ids of a prompt that ends where the model goes on."""
         ...
@@ -103,8 +101,8 @@ Columns = tuple[list[int], list[npt.NDArray[Any]]]
 def lay(documents: Sequence[Document], waste: float = 0.0) -> Columns:
     """Documents end to end, longest first; documents of equal length are neighbours and run as one.
 
-    A document is filled up to the length of a longer one before it when that adds at most the share `waste`. What follows a
-    document's end cannot change it, and weighs nothing.
+    A document is filled up to the length of a longer one before it when that adds at most the share `waste`. What
+    follows a document's end cannot change it, and weighs nothing.
     """
     ordered = sorted(documents, key=lambda d: -len(d.tokens))
     lengths: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from fathom.checkpoint.save import save_model
@@ -11,29 +12,24 @@ from fathom.errors import TrainError
 from fathom.model.transformer import Transformer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-DIALECT = "april"
+
+SETTINGS = {"dialect": "april", "max_tokens": 1024}
+"""What `fathom.json` says of a model that we trained: which prompts it knows, and how long an answer may become."""
 
 
 def export(model: Transformer, tokenizer: Path, folder: Path) -> None:
-    """Write weights (FP4 experts, FP8 linears), config, tokenizer and prompt dialect to `folder`.
+    """Write weights (FP4 experts, FP8 linears), config, tokenizer and `fathom.json` to `folder`.
 
-    Everything is written to a folder beside it first, so that a full disk leaves no half-written model.
+    An earlier export there is replaced once the new one is whole; anything else in its place is a TrainError.
     """
-    aside = folder.with_name(folder.name + ".writing")
+    if folder.exists() and not (folder / "fathom.json").exists() and any(folder.iterdir()):
+        raise TrainError(f"{folder} holds something that is not an exported model; choose another folder")
+    aside = folder.with_name(folder.name + ".new")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_model(model, aside, experts="fp4", linears="fp8")
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).exists():
-            shutil.copy(tokenizer / name, aside / name)
-    (aside / "fathom.json").write_text(json.dumps({"dialect": DIALECT}, indent=2) + "\n")
-    _replace(aside, folder)
-
-
-def _replace(aside: Path, folder: Path) -> None:
-    """Rename; a folder that is already there is only replaced when it is a model of ours."""
-    if folder.exists():
-        if not (folder / "fathom.json").exists() and any(folder.iterdir()):
-            raise TrainError(f"{folder} holds something that is not an exported model; choose another folder")
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as companions:
+        for name in TOKENIZER_FILES:
+            shutil.copy(tokenizer / name, companions)
+        (Path(companions) / "fathom.json").write_text(json.dumps(SETTINGS, indent=2) + "\n")
+        save_model(model, aside, experts="fp4", linears="fp8", companions=companions)
+    shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)

@@ -39,7 +39,8 @@ def orthogonalise(
     for p, q, r in [_FAST] * steps[0] + [_SETTLE] * steps[1]:
         gram = x @ x.mT
         x = p * x + (q * gram + r * (gram @ gram)) @ x
-    return (x.mT if tall else x).float()
+    result: Tensor = (x.mT if tall else x).float()
+    return result
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
@@ -118,7 +119,7 @@ class Optimizer:
         c = self.config
         update = orthogonalise(direction, c.ns_steps, getattr(torch, c.ns_dtype))
         size = lr * UPDATE_RMS * update.shape[-1] ** 0.5
-        for w, u in zip(weights, update.split([w.shape[0] for w in weights]), strict=True):
+        for w, u in zip(weights, torch.split(update, [w.shape[0] for w in weights]), strict=True):
             w.mul_(1 - lr * c.weight_decay).sub_(u, alpha=size)
 
     def _adamw(self, lr: float) -> None:

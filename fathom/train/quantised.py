@@ -49,4 +49,4 @@ def set_numerics(model: Transformer, numerics: Numerics) -> None:
     """Switch a built model to other numerics."""
     for module in model.modules():
         if isinstance(getattr(module, "numerics", None), Numerics):
-            module.numerics = numerics
+            setattr(module, "numerics", numerics)  # noqa: B010  (modules have no common class that declares it)

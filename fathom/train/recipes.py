@@ -42,33 +42,58 @@ def small_model(hidden: int, layers: int, heads: int, vocab: int) -> ModelConfig
 
 
 def first_light() -> TrainConfig:
-    """The first embedded model: a few million parameters on two CPU cores in under an hour."""
+    """The first embedded model: ten million parameters, on one GPU in under half an hour."""
     return TrainConfig(
         name="first_light",
-        model=small_model(hidden=256, layers=6, heads=4, vocab=2048),
-        schedule=ScheduleConfig(minutes=50.0, warmup=40, decay=0.4, qat=0.2),
-        data=DataConfig(tokens_per_batch=8192, prompt_weight=0.05),
+        model=small_model(hidden=256, layers=6, heads=4, vocab=1280),
+        schedule=ScheduleConfig(minutes=18.0, warmup=100, decay=0.4, qat=0.2),
+        data=DataConfig(tokens_per_batch=32768, prompt_weight=0.05, workers=12),
         optim=OptimConfig(lr=3e-3, ns_steps=(5, 1)),
         loss=LossConfig(mtp=(0.3, 0.1), mtp_every=4),
     )
 
 
+def first_light_cpu() -> TrainConfig:
+    """The same without a GPU: half the width and small batches, for two cores and the better part of an hour."""
+    base = first_light()
+    return replace(
+        base,
+        name="first_light_cpu",
+        model=small_model(hidden=128, layers=6, heads=2, vocab=1280),
+        schedule=ScheduleConfig(minutes=50.0, warmup=40, decay=0.4, qat=0.2),
+        data=DataConfig(tokens_per_batch=4096, prompt_weight=0.05, workers=1),
+        loss=LossConfig(mtp=(0.3, 0.1), mtp_every=8),
+    )
+
+
 def tiny() -> TrainConfig:
-    """Everything at its smallest, in a few seconds: to see that a machine can train."""
+    """Everything at its smallest, in half a minute: to see that a machine can train."""
     return replace(
         first_light(),
         name="tiny",
-        model=small_model(hidden=128, layers=4, heads=2, vocab=2048),
+        model=small_model(hidden=128, layers=4, heads=2, vocab=1280),
         schedule=ScheduleConfig(steps=20, warmup=5),
         data=DataConfig(tokens_per_batch=1024, workers=0),
     )
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"first_light": first_light, "tiny": tiny}
+RECIPES: dict[str, Callable[[], TrainConfig]] = {f.__name__: f for f in (first_light, first_light_cpu, tiny)}
 
 
 def recipe(name: str) -> TrainConfig:
     """The run called `name`. Raises TrainError with the names there are."""
     if name not in RECIPES:
-        raise TrainError(f"unknown recipe '{name}': use {' or '.join(RECIPES)}")
+        raise TrainError(f"unknown recipe '{name}': use one of {', '.join(RECIPES)}")
     return RECIPES[name]()
+
+
+def adapted(config: TrainConfig, minutes: float | None, workers: int | None, vocabulary: int) -> TrainConfig:
+    """The run on this machine: another length or number of workers, if given; its tokenizer must fit the model."""
+    if vocabulary > config.model.vocab_size:
+        raise TrainError(
+            f"the tokenizer has {vocabulary} tokens and the model of '{config.name}' {config.model.vocab_size}: "
+            "use the tokenizer that the recipe was made for"
+        )
+    if minutes is not None:
+        config = replace(config, schedule=replace(config.schedule, minutes=minutes, steps=None))
+    return config if workers is None else replace(config, data=replace(config.data, workers=workers))

@@ -21,6 +21,7 @@ class PromptRenderer:
 
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
+        self.size = codec.tokenizer.size
         self.eos = codec.tokenizer.added[_EOS]
         self._end_of_thinking = codec.tokenizer.added[END_OF_THINKING]
 

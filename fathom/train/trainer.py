@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -48,14 +47,15 @@ class Report:
         n = max(self.steps, 1)
         means = (self.by_effort[0] / self.by_effort[1].clamp_min(1)).tolist()
         efforts = " ".join(f"{e} {v:.3f}" for e, v in zip(EFFORTS, means, strict=True))
+        mtp, speed = self.mtp / max(self.mtp_steps, 1), self.tokens / max(self.seconds, 1e-9)
         return (
-            f"step {step} {progress:.1%} loss {self.main / n:.4f} ({efforts}) mtp {self.mtp / max(self.mtp_steps, 1):.3f} "
-            f"lr {lr:.1e} norm {self.norm / n:.2f} load {self.load / n:.2f} {self.tokens / max(self.seconds, 1e-9):.0f} tok/s"
+            f"step {step} {progress:.1%} loss {self.main / n:.4f} ({efforts}) mtp {mtp:.3f} lr {lr:.1e} "
+            f"norm {self.norm / n:.2f} load {self.load / n:.2f} {speed:.0f} tok/s"
         )
 
 
 class Trainer:
-    """One run in one folder. `train` goes on until the schedule ends; `save` and `resume` carry it between processes."""
+    """One run in one folder. `train` steps until the schedule ends; `save` and `resume` carry it between processes."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class Trainer:
         """Write model, optimizer and position aside, then rename: a crash leaves the previous checkpoint whole."""
         aside = self.folder / (CHECKPOINT + ".writing")
         torch.save(self._state(), aside)
-        os.replace(aside, self.folder / CHECKPOINT)
+        aside.replace(self.folder / CHECKPOINT)
 
     def resume(self) -> None:
         """Go on from the folder's checkpoint, bit for bit as if never interrupted (schedules in steps)."""
