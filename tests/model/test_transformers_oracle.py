@@ -177,7 +177,7 @@ def rewind(truth: Truth) -> None:
 def test_a_long_sequence_agrees_after_the_cache_has_dropped_its_old_rows() -> None:
     """1,700 tokens, decoded and rewound where the cache's buffer of recent rows slides, and far beyond YaRN's range."""
     fixed: dict[str, Any] = {"compress_ratios": [4, 128, 0], "num_hidden_layers": 2, "sliding_window": 128}
-    truth = Truth(40, 1700, 1, num_attention_heads=4, vocab_size=64, **fixed)
+    truth = Truth(43, 1700, 1, num_attention_heads=4, vocab_size=64, **fixed)
     session = Session(truth.model, max_context=1712)
     for start in (770, 1030, 1284, 1536, 1680):
         for a, b in oracle.cuts(truth.rng, session.length[0], start, most=400):
