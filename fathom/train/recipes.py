@@ -42,12 +42,12 @@ def small_model(hidden: int, layers: int, heads: int, vocab: int) -> ModelConfig
 
 
 def first_light() -> TrainConfig:
-    """The first embedded model: ten million parameters, on one GPU in under half an hour."""
+    """The first embedded model: ten million parameters, on one GPU in ten minutes."""
     return TrainConfig(
         name="first_light",
         model=small_model(hidden=256, layers=6, heads=4, vocab=1280),
-        schedule=ScheduleConfig(minutes=18.0, warmup=100, decay=0.4, qat=0.2),
-        data=DataConfig(tokens_per_batch=32768, prompt_weight=0.05, workers=12),
+        schedule=ScheduleConfig(minutes=8.5, warmup=100, decay=0.4, qat=0.2),
+        data=DataConfig(tokens_per_batch=49152, prompt_weight=0.05, workers=14),
         optim=OptimConfig(lr=3e-3, ns_steps=(5, 1)),
         loss=LossConfig(mtp=(0.3, 0.1), mtp_every=4),
     )
