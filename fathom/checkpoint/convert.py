@@ -27,7 +27,8 @@ def convert(
 ) -> None:
     """Write the checkpoint in `source` to `folder` with its experts and linears in other forms (None keeps them).
 
-    Everything else, the tensors of a drafter and the tokenizer among it, comes along; `files` (name to content) are added.
+    Everything else, the tensors of a drafter and the tokenizer among it, comes along as it is; `files` (name to
+    content) are added.
     Raises CheckpointError as `save.save_model`, and FormatError where a form cannot hold the values and not `lossy`.
     """
     checkpoint = Checkpoint(source)
@@ -44,6 +45,9 @@ def _item(checkpoint: Checkpoint, entry: Entry, experts: str | None, linears: st
     if not checkpoint.is_known(entry):
         return _as_it_is(checkpoint, entry)
     form = checkpoint.form(entry)
+    if form == "bf16" and not {"expert": experts, "linear": linears}.get(entry.kind):
+        stored = checkpoint.reader.tensors[entry.name]
+        return Item((Spec(stored.name, stored.dtype, stored.shape),), lambda: (checkpoint.read(entry)[0],))
     wanted = chosen_form(entry, form, experts, linears)
     scales = checkpoint.scales(entry) if form == wanted != "bf16" else "F8_E8M0"
 

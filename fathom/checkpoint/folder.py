@@ -32,8 +32,8 @@ _STEPS = {"fp4": (1, 2, 1, FP4_BLOCK), "fp8": (1, 1, WEIGHT_BLOCK, WEIGHT_BLOCK)
 class Checkpoint:
     """A folder in the published layout. Opening checks every name, shape and dtype, and reads no data.
 
-    config: of the folder, told what its tensors are (a DSpark drafter). entries: what our model has. foreign: what it may
-    have besides. Raises ConfigError and CheckpointError, which name the tensor and the file.
+    config: of the folder, told what its tensors are (a DSpark drafter). entries: what our model has. foreign: what it
+    may have besides. Raises ConfigError and CheckpointError, which name the tensor and the file.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -72,8 +72,8 @@ class Checkpoint:
     ) -> tuple[Tensor, Tensor | None]:
         """A weight and its scales (None where it has none), or the part of logical `rows` and `columns` of both.
 
-        A cut of a quantised weight must fall on its blocks. verify: look for NaN and infinity in the values as well; scales
-        and hash tables are always checked. Raises CheckpointError.
+        A cut of a quantised weight must fall on its blocks. verify: look for NaN and infinity in the values as well;
+        scales and hash tables are always checked. Raises CheckpointError.
         """
         form = self._forms[entry.name]
         cuts = self._cuts(entry, form, (rows, columns)[: len(entry.shape)])

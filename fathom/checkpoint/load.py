@@ -21,7 +21,7 @@ from fathom.model.transformer import Transformer
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """The folder's configuration; `dspark` is set where its `mtp.*` are a drafter. Raises ConfigError, CheckpointError."""
+    """The folder's configuration, `dspark` set where its `mtp.*` are a drafter. Raises ConfigError, CheckpointError."""
     config = ModelConfig.load(folder)
     return with_drafter(config, Reader(folder).tensors)
 
@@ -38,7 +38,7 @@ def load_model(
     """A checkpoint in the published layout as a model, in evaluation mode, its parameters frozen.
 
     numerics: by default float32, with the activation quantisers on exactly if a weight is stored quantised.
-    dense: widen FP8 and FP4 weights to the compute dtype, exactly, as `Transformer.densify` does; False keeps them stored.
+    dense: widen FP8 and FP4 weights to the compute dtype, exactly, as `Transformer.densify` does; else they stay as is.
     verify: also look for NaN and infinity in weights, not only in scales.
     Raises ConfigError and CheckpointError; names, shapes and dtypes are checked before any data is read.
     """
@@ -57,6 +57,15 @@ def load_model(
             _widen(module, numerics.dtype)
     _empty_buffers(model, torch.device(device))
     return model.eval()
+
+
+def check_drafting(config: ModelConfig) -> None:
+    """Raises CheckpointError where a model of this configuration has no MTP block to draft with. Reference 3.4."""
+    if config.dspark is not None:
+        text = "this checkpoint drafts by DSpark, which is not implemented"
+        raise CheckpointError(f"{text}: generate without drafts, or use the checkpoint that has an MTP block")
+    if not config.num_nextn_predict_layers:
+        raise CheckpointError("this checkpoint has no MTP block to draft with: generate without drafts")
 
 
 class _Loader:

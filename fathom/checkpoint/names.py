@@ -1,7 +1,7 @@
 """Which tensors a checkpoint of a configuration has, and where each lives in our model. Reference 3.1 to 3.4.
 
-Our parameters carry the official names, except that the routed experts of a layer are stacked: `experts.w13` holds w1 and
-then w3 of each expert, `experts.w2` its w2. The list is read off an empty model, so that there is no second description.
+Our parameters carry the official names, except that the routed experts of a layer are stacked: `experts.w13` holds w1
+and then w3 of each expert, `experts.w2` its w2. The list is read off an empty model: there is no second description.
 """
 
 from __future__ import annotations
@@ -165,10 +165,12 @@ def is_foreign(config: ModelConfig, name: str) -> bool:
 def with_drafter(config: ModelConfig, names: Collection[str]) -> ModelConfig:
     """`config`, told whether the checkpoint's `mtp.*` are a DSpark drafter: then `dspark` is set, and drafting is off.
 
-    The tensors decide: an MTP block has `mtp.0.enorm.weight`. Reference 3.4.
+    The tensors decide: an MTP block has `mtp.0.enorm.weight` (reference 3.4). Where only that is lost its projection is
+    still there, and the block is incomplete.
     """
     has_mtp = any(name.startswith("mtp.") and not _DUPLICATE.match(name) for name in names)
-    if config.num_nextn_predict_layers == 0 or not has_mtp or "mtp.0.enorm.weight" in names:
+    is_mtp = "mtp.0.enorm.weight" in names or "mtp.0.e_proj.weight" in names
+    if config.num_nextn_predict_layers == 0 or not has_mtp or is_mtp:
         return config
     said = {
         "num_nextn_predict_layers": config.num_nextn_predict_layers,
@@ -179,7 +181,14 @@ def with_drafter(config: ModelConfig, names: Collection[str]) -> ModelConfig:
 
 
 def stored_config(config: ModelConfig, experts: str, linears: str) -> ModelConfig:
-    """`config` as it describes a checkpoint with experts and linears in these forms."""
+    """`config` as it describes a checkpoint with experts and linears in these forms.
+
+    Raises FormatError for forms that there are not, and for BF16 experts beside FP8 linears, which no config.json says.
+    """
+    if experts not in ("fp4", "fp8", "bf16") or linears not in ("fp8", "bf16"):
+        raise FormatError(f"experts as {experts} and linears as {linears}: use fp4, fp8 or bf16, and fp8 or bf16")
+    if (experts, linears) == ("bf16", "fp8"):
+        raise FormatError("no config.json describes BF16 experts beside FP8 linears: store the linears as bf16 too")
     quantised = (experts, linears) != ("bf16", "bf16")
     return replace(
         config,

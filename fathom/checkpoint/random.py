@@ -1,7 +1,7 @@
 """Random checkpoints of any size in the published layout: the same tensor for the same seed and name, in any order.
 
-Quantised weights are random bytes, which every code of FP4 and every finite one of FP8 can be; scales vary by a factor of
-four from block to block. Sizes are such that activations neither vanish nor overflow.
+Quantised weights are random bytes, which every code of FP4 and every finite one of FP8 can be; scales vary by a factor
+of four from block to block. Sizes are such that activations neither vanish nor overflow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write a checkpoint in the published layout: planned first, then streamed, then renamed into place.
 
-What will be written is known before the first byte, so headers come first, the disk's free space is checked, and no more
-than one tensor is in memory. Nothing appears under the folder's name until all of it is on the disk.
+What will be written is known before the first byte, so headers come first, the disk's free space is checked, and no
+more than one tensor is in memory. Nothing appears under the folder's name until all of it is on the disk.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def save_model(
     """Write `model` to `folder`, which must be empty or not exist.
 
     experts, linears: fp4, fp8 or bf16 (linears: fp8 or bf16); None keeps what the model holds, floats as BF16.
-    max_shard: bytes of a file (one tensor with its scales is never split); by default 15 MiB for a model of up to 64 MiB,
-    else 5 GB. companions: a folder whose tokenizer and `fathom.json` are copied.
+    max_shard: bytes of a file (one tensor with its scales is never split); by default 15 MiB for a model of up to 64
+    MiB, else 5 GB. companions: a folder whose tokenizer and `fathom.json` are copied.
     Raises CheckpointError (folder not empty, disk full, NaN in a weight); then nothing is left behind.
     """
     items = [_model_item(model, entry, experts, linears) for entry in entries(model.config)]
@@ -169,7 +169,7 @@ def _write_shard(path: Path, items: Sequence[Item], meter: Meter) -> None:
             for spec, tensor in zip(item.specs, item.make(), strict=True):
                 assert (tensor.dtype, tuple(tensor.shape)) == (DTYPES[spec.dtype], spec.shape), spec
                 f.seek(len(header) + places[spec.name])
-                f.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+                f.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
             meter.add(item.bytes)
 
 
