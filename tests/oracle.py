@@ -86,7 +86,8 @@ def draw_config(seed: int, *, blocked: bool = False, **fixed: Any) -> Config:
         "swiglu_limit": rng.choice((0.5, 1.0, 10.0)),
         "hc_mult": rng.choice((4, 4, 4, 2)),
     }
-    return {**FIXED, **drawn, **fixed}
+    merged = {**FIXED, **drawn, **fixed}
+    return merged | {"num_hash_layers": min(merged["num_hash_layers"], merged["num_hidden_layers"])}
 
 
 def _attention_shapes(c: Config, ratio: int) -> dict[str, tuple[int, ...]]:
