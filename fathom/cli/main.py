@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from fathom.cli.convert import convert
 from fathom.cli.eval import evaluate
+from fathom.cli.train import train
 from fathom.errors import FathomError
 
 app = typer.Typer(
@@ -88,7 +90,9 @@ def inspect(
     run(model, context, as_json, plot)
 
 
+app.command()(convert)
 app.command("eval")(evaluate)
+app.command()(train)
 
 
 def run(arguments: Sequence[str]) -> int:
