@@ -183,9 +183,9 @@ def _record(report: Report, main: Tensor, mtp: Tensor | None, each: Tensor, pack
     kinds = pack.efforts[rows][sure].cpu()
     report.by_effort[0].index_add_(0, kinds, each[sure].cpu())
     report.by_effort[1].index_add_(0, kinds, torch.ones(len(kinds)))
-    report.main += float(main)
+    report.main += main.item()
     if mtp is not None:
-        report.mtp += float(mtp)
+        report.mtp += mtp.item()
         report.mtp_steps += 1
     report.steps += 1
     report.tokens += pack.tokens.shape[0]
