@@ -12,6 +12,7 @@ import typer
 from fathom.cli.convert import convert
 from fathom.cli.eval import evaluate
 from fathom.cli.train import train
+from fathom.cli.train import train
 from fathom.errors import FathomError
 
 app = typer.Typer(
@@ -90,7 +91,9 @@ def inspect(
     run(model, context, as_json, plot)
 
 
+# These verbs declare their own options; their modules are as light as this one.
 app.command()(convert)
+app.command()(train)
 app.command("eval")(evaluate)
 app.command()(train)
 
