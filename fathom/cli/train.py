@@ -38,7 +38,8 @@ def train(
         torch.set_num_threads(threads)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise TrainError(f"device {device} is not there: torch sees no GPU; use --device cpu")
-    torch.set_float32_matmul_precision("high")  # products of a GPU in TF32: twice the speed, and noise below the gradient's
+    # Products of a GPU in TF32: twice the speed, and noise below the gradient's.
+    torch.set_float32_matmul_precision("high")
     source = tokenizer or WEIGHTS / "small"
     config = adapted(named(recipe), minutes, workers, open_renderer(source).size)
     trainer = Trainer(config, out, partial(open_renderer, source), device, _say)
