@@ -12,7 +12,6 @@ import typer
 from fathom.cli.convert import convert
 from fathom.cli.eval import evaluate
 from fathom.cli.train import train
-from fathom.cli.train import train
 from fathom.errors import FathomError
 
 app = typer.Typer(
@@ -95,7 +94,6 @@ def inspect(
 app.command()(convert)
 app.command()(train)
 app.command("eval")(evaluate)
-app.command()(train)
 
 
 def run(arguments: Sequence[str]) -> int:
