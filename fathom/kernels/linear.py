@@ -10,20 +10,20 @@ from torch import Tensor
 
 from fathom.kernels.quant import dequantize
 
-# BLAS picks another reduction order below a handful of rows and for odd remainders. Padding the rows makes the result
-# of a row independent of its neighbours, which is what "alone or in a batch, the same bits" needs.
-_SMALL_ROWS = 8
+# BLAS picks another reduction order below four rows and for odd remainders. Padding the rows makes the result of a row
+# independent of its neighbours, which is what "alone or in a batch, the same bits" needs.
 _ROW_MULTIPLE = 4
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """`x` [T, K] with zero rows added until the row count selects the one reduction order (inference in float32 on a CPU;
-    the BF16 product has one order for any number of rows)."""
-    rows = x.shape[0]
-    wanted = max(_SMALL_ROWS, rows + -rows % _ROW_MULTIPLE)
-    if wanted == rows or x.dtype != torch.float32 or x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+    """`x` [T, K] with zero rows added until the row count selects the one reduction order.
+
+    Only for inference in float32 on a CPU; the BF16 product has one order for any number of rows.
+    """
+    missing = -x.shape[0] % _ROW_MULTIPLE
+    if not missing or x.dtype != torch.float32 or x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
         return x
-    return torch.cat((x, _zeros(wanted - rows, x.shape[1], x.dtype)))
+    return torch.cat((x, _zeros(missing, x.shape[1], x.dtype)))
 
 
 @lru_cache(maxsize=64)
@@ -34,8 +34,12 @@ def _zeros(rows: int, width: int, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x [T, K] times weight [N, K] (float, or FP8 / FP4 [N, K/2] with `scale`) -> [T, N] in the dtype of `x`."""
     if scale is not None:
-        weight = dequantize(weight, scale)
-    return F.linear(pad_rows(x), weight.to(x.dtype))[: x.shape[0]]
+        weight = dequantize(weight, scale).to(x.dtype)
+    elif weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    padded = pad_rows(x)
+    out = F.linear(padded, weight)
+    return out if padded is x else out[: x.shape[0]]
 
 
 def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:

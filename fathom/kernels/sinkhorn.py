@@ -1,8 +1,8 @@
-"""The mixing weights of manifold-constrained hyper-connections: 20 truncated Sinkhorn rounds. Reference 2.3.
+"""The mixing weights of manifold-constrained hyper-connections: sigmoids and truncated Sinkhorn rounds. Reference 2.3.
 
-A decode step runs two of these a layer on a few 4 x 4 matrices, so the number of calls is the whole cost. Without
-gradients on a CPU the rounds run in numpy, whose calls on small arrays cost a third of torch's, and a sum is a product
-with a 0/1 matrix.
+A decode step needs two sets of them a layer for one or a few tokens, so the number of calls is the whole cost. Without
+gradients on a CPU everything runs in numpy, whose calls on small arrays cost a third of torch's, and a sum plus epsilon
+is one product with a 0/1 matrix.
 """
 
 from __future__ import annotations
@@ -14,29 +14,42 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_SMALL_ROWS = 8
+from fathom.kernels.elementwise import sigmoid
+
+Array = npt.NDArray[np.float32]
+
+_ROW_MULTIPLE = 4
 
 
-@lru_cache(maxsize=8)
-def _summers(n: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """0/1 matrices [n*n, n*n]: c @ rows gives every entry the sum of its row, c @ cols that of its column."""
-    eye, ones = np.eye(n, dtype=np.float32), np.ones((n, n), np.float32)
-    return np.kron(eye, ones), np.kron(ones, eye)
+def mixing(m: Tensor, scale: Tensor, base: Tensor, n: int, rounds: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """From the projected streams m [T, (2 + n) n] and the gate's scale [3] and base [(2 + n) n], all float32:
+
+    pre [T, n] = sigmoid + eps, post [T, n] = 2 sigmoid, comb [T, n, n] nearly doubly stochastic.
+    """
+    if m.is_cuda or torch.is_grad_enabled():
+        return _mixing_torch(m, scale, base, n, rounds, eps)
+    logits = m.numpy() * np.repeat(scale.numpy(), (n, n, n * n)) + base.numpy()
+    gates = 1 / (1 + np.exp(-logits[:, : 2 * n]))
+    comb = _sinkhorn_numpy(logits[:, 2 * n :], n, rounds, np.float32(eps))
+    pre, post = gates[:, :n] + np.float32(eps), 2 * gates[:, n:]
+    return torch.from_numpy(pre), torch.from_numpy(post), torch.from_numpy(comb).view(-1, n, n)
 
 
-def sinkhorn(logits: Tensor, n: int, rounds: int, eps: float) -> Tensor:
-    """Nearly doubly stochastic matrices [T, n*n] (row-major) from `logits` [T, n*n], float32.
+def _mixing_torch(
+    m: Tensor, scale: Tensor, base: Tensor, n: int, rounds: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts, bases = m.split((n, n, n * n), -1), base.split((n, n, n * n))
+    pre, post, comb = (part * scale[i] + b for i, (part, b) in enumerate(zip(parts, bases, strict=True)))
+    return sigmoid(pre) + eps, 2 * sigmoid(post), sinkhorn(comb.unflatten(-1, (n, n)), rounds, eps)
+
+
+def sinkhorn(logits: Tensor, rounds: int, eps: float) -> Tensor:
+    """Nearly doubly stochastic matrices from `logits` [..., n, n], float32.
 
     A row softmax + eps, then column and row normalisations in turn, ending on columns: `rounds` of them, not more, not
     until convergence.
     """
-    c = logits.unflatten(-1, (n, n)).softmax(-1) + eps
-    if logits.is_cuda or torch.is_grad_enabled():
-        return _rounds(c, rounds, eps).flatten(-2)
-    return torch.from_numpy(_rounds_in_place(c.flatten(-2).numpy(), n, rounds, eps))
-
-
-def _rounds(c: Tensor, rounds: int, eps: float) -> Tensor:
+    c = logits.softmax(-1) + eps
     c = c / (c.sum(-2, keepdim=True) + eps)
     for _ in range(rounds - 1):
         c = c / (c.sum(-1, keepdim=True) + eps)
@@ -44,14 +57,24 @@ def _rounds(c: Tensor, rounds: int, eps: float) -> Tensor:
     return c
 
 
-def _rounds_in_place(c: npt.NDArray[np.float32], n: int, rounds: int, eps: float) -> npt.NDArray[np.float32]:
-    rows, cols = _summers(n)
-    tokens = c.shape[0]
-    if tokens < _SMALL_ROWS:  # one reduction order for any number of rows, see linear.pad_rows
-        c = np.concatenate((c, np.ones((_SMALL_ROWS - tokens, n * n), np.float32)))
-    sums, floor = np.empty_like(c), np.float32(eps)
+@lru_cache(maxsize=8)
+def _summers(n: int, eps: np.float32) -> tuple[Array, Array]:
+    """[n*n + 1, n*n]: a flat matrix followed by a 1, times this, gives every entry its row's (column's) sum + eps."""
+    eye, ones, last = np.eye(n, dtype=np.float32), np.ones((n, n), np.float32), np.full((1, n * n), eps)
+    return np.concatenate((np.kron(eye, ones), last)), np.concatenate((np.kron(ones, eye), last))
+
+
+def _sinkhorn_numpy(logits: Array, n: int, rounds: int, eps: np.float32) -> Array:
+    tokens = logits.shape[0]
+    padded = tokens + -tokens % _ROW_MULTIPLE  # one reduction order for any number of rows, see linear.pad_rows
+    c = np.ones((padded, n * n + 1), np.float32)
+    square = logits.reshape(tokens, n, n)
+    square = np.exp(square - square.max(-1, keepdims=True))
+    square = square / square.sum(-1, keepdims=True) + eps
+    c[:tokens, :-1] = square.reshape(tokens, n * n)
+    rows, cols = _summers(n, eps)
+    sums, flat = np.empty((padded, n * n), np.float32), c[:, :-1]
     for summer in (cols, *(rows, cols) * (rounds - 1)):
         np.dot(c, summer, out=sums)
-        np.add(sums, floor, out=sums)
-        np.divide(c, sums, out=c)
-    return c[:tokens]
+        np.divide(flat, sums, out=flat)
+    return np.ascontiguousarray(flat[:tokens])

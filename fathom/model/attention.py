@@ -88,9 +88,7 @@ class Attention(nn.Module):
             kept = self.indexer(tile, keys, tile.of(q), tile.of(weights), kept)
         return entries, kept
 
-    def _attend(
-        self, tile: Tile, q: Tensor, window: Tensor, entries: Tensor | None, kept: Tensor | None
-    ) -> Tensor:
+    def _attend(self, tile: Tile, q: Tensor, window: Tensor, entries: Tensor | None, kept: Tensor | None) -> Tensor:
         if tile.count == 1 and tile.docs == 1:
             rows = window if entries is None or kept is None else torch.cat((window, entries[kept[0]]))
             return attend(q, rows, None, self.attn_sink)

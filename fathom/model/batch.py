@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ DECODE_TOKENS = 8
 """A piece of at most this many tokens is computed token by token, so that drafts equal single steps bit for bit."""
 
 
-class Span(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Span:
     """The next `count` tokens of the sequence in cache slot `slot`, the first at absolute position `start`."""
 
     start: int
@@ -25,7 +26,8 @@ class Span(NamedTuple):
     slot: int = 0
 
 
-class Tile(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Tile:
     """A piece of a span that attention works on at once: `count` rows of the batch from `row` on.
 
     Without a cache, `docs` documents of equal length that are neighbours in the batch make one tile.
@@ -82,7 +84,7 @@ class Batch:
     def step(
         spans: Sequence[Span], wanted: Literal["all", "last"] = "last", device: torch.device | str = "cpu"
     ) -> Batch:
-        """A step of an engine: prefill chunks and decode tokens in any mixture; output of each span's last row, or all."""
+        """A step of an engine, prefill chunks and decode tokens in any mixture; wanted are each span's last row, or all."""
         rows = None
         if wanted == "last":
             rows = torch.tensor([s.count for s in spans], device=device).cumsum(0) - 1
@@ -110,10 +112,9 @@ def _merged(tiles: Iterator[Tile]) -> Iterator[Tile]:
 
 
 def _tiles(spans: Sequence[Span]) -> Iterator[Tile]:
-    for row, start, count, slot, _ in _whole(spans):
-        end = start + count
-        for left in [start, *range(start - start % TILE + TILE, end, TILE)]:
-            right = min(left - left % TILE + TILE, end)
+    for whole in _whole(spans):
+        for left in [whole.start, *range(whole.start - whole.start % TILE + TILE, whole.end, TILE)]:
+            right = min(left - left % TILE + TILE, whole.end)
             piece = 1 if right - left <= DECODE_TOKENS else right - left
             for at in range(left, right, piece):
-                yield Tile(row + at - start, at, piece, slot)
+                yield Tile(whole.row + at - whole.start, at, piece, whole.slot)

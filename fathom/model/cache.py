@@ -10,12 +10,14 @@ draft) by starting again from the smaller position.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fathom.config import ModelConfig
+from fathom.errors import ContextError
 from fathom.model.batch import TILE, Tile
 from fathom.model.layers import Numerics
 
@@ -29,7 +31,7 @@ class LayerState(Protocol):
     """The memory of one layer."""
 
     def recent(self, name: str, tile: Tile, new: Tensor, first: int) -> Tensor:
-        """Keep `new` [(docs,) count, W], the rows of the tile's tokens, and return those of positions first .. tile.end - 1."""
+        """Keep `new` [(docs,) count, W], the rows of the tile's tokens, and return positions first .. tile.end - 1."""
 
     def entries(self, name: str, tile: Tile, start: int, new: Tensor) -> Tensor:
         """Keep `new` [b, W], b >= 0, as entries start .. start + b - 1 and return all entries before start + b."""
@@ -110,6 +112,14 @@ class ContiguousCache:
         self._numerics, self._device = numerics, torch.device(device)
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         self._layers = [self._make(config, config.ratio(i)) for i in range(layers)]
+
+    def admit(self, tiles: Iterable[Tile]) -> None:
+        """Refuse a call that would go past the cache's end, before any layer has stored a row of it."""
+        for tile in tiles:
+            if tile.end > self.max_context:
+                raise ContextError(
+                    f"position {tile.end} is past the cache's end at {self.max_context}: make it with a larger max_context"
+                )
 
     def layer(self, index: int) -> LayerState:
         """The memory of layer `index`; the MTP block is the one after the last."""

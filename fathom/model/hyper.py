@@ -12,7 +12,7 @@ from fathom.config import ModelConfig
 from fathom.kernels.elementwise import sigmoid
 from fathom.kernels.linear import linear
 from fathom.kernels.norm import normalised
-from fathom.kernels.sinkhorn import sinkhorn
+from fathom.kernels.sinkhorn import mixing
 
 
 def _projected(x_TnD: Tensor, fn: Tensor, eps: float) -> Tensor:
@@ -26,12 +26,9 @@ def hc_pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sublayer's input [T, D], and what `hc_post` needs: post [T, n] and comb [T, n, n]."""
     n, eps = config.hc_mult, config.hc_eps
-    m_pre, m_post, m_comb = _projected(x_TnD, fn, config.rms_norm_eps).split((n, n, n * n), -1)
-    b_pre, b_post, b_comb = base.split((n, n, n * n))
-    pre = sigmoid(m_pre * scale[0] + b_pre) + eps
-    post = 2 * sigmoid(m_post * scale[1] + b_post)
-    comb = sinkhorn(m_comb * scale[2] + b_comb, n, config.hc_sinkhorn_iters, eps)
-    return _weighted(pre, x_TnD), post, comb.unflatten(-1, (n, n))
+    m = _projected(x_TnD, fn, config.rms_norm_eps)
+    pre, post, comb = mixing(m, scale, base, n, config.hc_sinkhorn_iters, eps)
+    return _weighted(pre, x_TnD), post, comb
 
 
 def hc_post(y_TD: Tensor, x_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from fathom.config import ModelConfig
 from fathom.kernels.indexer import index_scores, select_topk
 from fathom.model.batch import Tile
-from fathom.model.cache import LayerState
 from fathom.model.compressor import Compressor
 from fathom.model.layers import Linear, Numerics
 from fathom.model.rope import rotate

@@ -14,7 +14,7 @@ from fathom.kernels.norm import normalised
 
 @dataclass(frozen=True)
 class Numerics:
-    """Two independent switches: the compute dtype, and whether activations are quantised as in training. Reference 4."""
+    """Two independent switches: the compute dtype, and whether activations are quantised. Reference 4."""
 
     dtype: torch.dtype = torch.float32
     quantize: bool = False

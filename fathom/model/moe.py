@@ -77,9 +77,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [T, D] -> float32 [T, D], the weighted sum of each token's experts."""
         scales = self.w13_scale, self.w2_scale
-        return experts(
-            x, chosen, weights, self.w13, scales[0], self.w2, scales[1], self.limit, self.numerics.quantize
-        )
+        return experts(x, chosen, weights, self.w13, scales[0], self.w2, scales[1], self.limit, self.numerics.quantize)
 
 
 class SharedExpert(nn.Module):

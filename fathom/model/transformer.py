@@ -25,6 +25,13 @@ from fathom.model.step import Step
 class Block(HyperParameters):
     """Attention and experts, each wrapped by its own hyper-connection; there is no other residual path."""
 
+    hc_attn_fn: Tensor
+    hc_attn_base: Tensor
+    hc_attn_scale: Tensor
+    hc_ffn_fn: Tensor
+    hc_ffn_base: Tensor
+    hc_ffn_scale: Tensor
+
     def __init__(self, config: ModelConfig, index: int, numerics: Numerics) -> None:
         super().__init__()
         self.config, self.index = config, index
@@ -49,6 +56,10 @@ class Block(HyperParameters):
 class MTPBlock(Block):
     """The extra prediction block: from the streams at t and the token at t + 1 it predicts t + 2. Reference 2.12."""
 
+    hc_head_fn: Tensor
+    hc_head_base: Tensor
+    hc_head_scale: Tensor
+
     def __init__(self, config: ModelConfig, index: int, numerics: Numerics) -> None:
         super().__init__(config, index, numerics)
         hidden, eps = config.hidden_size, config.rms_norm_eps
@@ -67,11 +78,18 @@ class MTPBlock(Block):
 class Transformer(HyperParameters):
     """The whole model. `numerics` chooses the compute dtype and whether activations are quantised."""
 
+    hc_head_fn: Tensor
+    hc_head_base: Tensor
+    hc_head_scale: Tensor
+
     def __init__(self, config: ModelConfig, numerics: Numerics | None = None) -> None:
         super().__init__()
         self.config, self.numerics = config, numerics or Numerics()
         depth = config.num_hidden_layers
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Given its weight, Embedding does not import torch's compiler to fill it: 2.5 s of a command's start.
+        self.embed = nn.Embedding(
+            config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
+        )
         self.layers = nn.ModuleList(Block(config, i, self.numerics) for i in range(depth))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)
@@ -85,6 +103,8 @@ class Transformer(HyperParameters):
         With a cache, the call goes on where the sequences' slots stand; without, every sequence begins and ends here
         and the result is differentiable.
         """
+        if cache:
+            cache.admit(batch.tiles)
         step = Step(self.config, tokens, batch, self.numerics.dtype)
         x_TnD = self._embedded(tokens).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
         for i, block in enumerate(self.layers):
@@ -98,8 +118,7 @@ class Transformer(HyperParameters):
 
     def draft(self, x_TnD: Tensor, following: Tensor, batch: Batch, cache: ContiguousCache | None = None) -> Tensor:
         """The MTP block on streams [T, n, D] and the ids [T] of the tokens that follow each: its streams [R, n, D]."""
-        block = self.mtp[0]
-        assert isinstance(block, MTPBlock)
+        block = self._draft_block()
         step = Step(self.config, following, batch, self.numerics.dtype)
         state = cache.layer(self.config.num_hidden_layers) if cache else NoState()
         out = block(block.merge(x_TnD, self._embedded(following)), step, state)
@@ -107,7 +126,7 @@ class Transformer(HyperParameters):
 
     def draft_logits(self, x_RnD: Tensor) -> Tensor:
         """The MTP block's streams [R, n, D] -> float32 logits [R, V]; embedding and head are shared with the model."""
-        block = self.mtp[0]
+        block = self._draft_block()
         h = hc_head(x_RnD, block.hc_head_fn, block.hc_head_scale, block.hc_head_base, self.config)
         return linear(block.norm(h).float(), self.head.weight.float())
 
@@ -122,6 +141,11 @@ class Transformer(HyperParameters):
         if dtype == torch.float32:
             for parameter in self.parameters():
                 parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
+
+    def _draft_block(self) -> MTPBlock:
+        block = self.mtp[0]
+        assert isinstance(block, MTPBlock)
+        return block
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         return self.embed(tokens).to(self.numerics.dtype)

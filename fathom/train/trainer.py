@@ -128,7 +128,7 @@ class Trainer:
         weight, every = c.mtp[decaying], c.mtp_every
         out = losses(self.model, pack, mtp=weight > 0 and self.step % every == 0)
         total = out.main if out.mtp is None else out.main + weight * every * out.mtp
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         _record(report, out.main, out.mtp, out.tokens, pack)
 
     def _finite(self, norm: float) -> bool:
