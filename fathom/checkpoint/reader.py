@@ -85,12 +85,14 @@ class Reader:
         first, last, _ = (index[0] if index else slice(None)).indices(stored.shape[0] if stored.shape else 1)
         row = stored.size // (stored.shape[0] if stored.shape else 1)
         count = max(last - first, 0) * row
+        if not count:
+            return torch.empty(0, *stored.shape[1:], dtype=DTYPES[stored.dtype])
         data = np.fromfile(stored.file, np.uint8, count, offset=stored.offset + first * row)
         if data.size != count:
             raise CheckpointError(f"{stored.file} was cut off while {name} was read: fetch it again")
         self.bytes_read += count
         whole = torch.from_numpy(data).view(DTYPES[stored.dtype])
-        rows = whole.view(max(last - first, 0), *stored.shape[1:]) if stored.shape else whole.view(())
+        rows = whole.view(last - first, *stored.shape[1:]) if stored.shape else whole.view(())
         return rows[(slice(None), *index[1:])].contiguous() if index[1:] else rows
 
 

@@ -84,7 +84,7 @@ class Batch:
     def step(
         spans: Sequence[Span], wanted: Literal["all", "last"] = "last", device: torch.device | str = "cpu"
     ) -> Batch:
-        """A step of an engine, prefill chunks and decode tokens in any mixture; wanted are each span's last row, or all."""
+        """A step of an engine, prefill chunks and decode tokens in any mixture; wanted: each span's last row or all."""
         rows = None
         if wanted == "last":
             rows = torch.tensor([s.count for s in spans], device=device).cumsum(0) - 1

@@ -117,9 +117,8 @@ class ContiguousCache:
         """Refuse a call that would go past the cache's end, before any layer has stored a row of it."""
         for tile in tiles:
             if tile.end > self.max_context:
-                raise ContextError(
-                    f"position {tile.end} is past the cache's end at {self.max_context}: make it with a larger max_context"
-                )
+                limit = f"{tile.end} tokens are more than the cache's {self.max_context}"
+                raise ContextError(f"{limit}: make it with a larger max_context")
 
     def layer(self, index: int) -> LayerState:
         """The memory of layer `index`; the MTP block is the one after the last."""
