@@ -1,6 +1,6 @@
 """One side of a benchmark: a process that holds one model and times it when asked, so that its peak memory is its own.
 
-It speaks lines of JSON. Once the model is loaded it says what a token makes it read: {"always": bytes, "routed": bytes}.
+It speaks lines of JSON. Once the model is loaded it tells what a decode step reads: {"always": bytes, "routed": bytes}.
 Then it answers each {"prompts": [[id]], "tokens": n, "threads": t, "logits": bool}: the prompts are computed side by
 side, n tokens are decoded greedily, and it says {"prefill": s, "steps": [s], "peak": bytes, "logits": [[x]] or null}.
 The end of its input ends it; {"error": text} tells why it cannot go on. `serve` is the protocol, for any `Side`.
@@ -22,11 +22,15 @@ from fathom.errors import FathomError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fathom.model.cache import ContiguousCache
+
 
 class Side(Protocol):
     """One implementation with one model: B sequences side by side."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """Where the weights are."""
 
     def prefill(self, prompts: Tensor, room: int) -> Tensor:
         """Forget everything and compute prompts [B, n]; logits [B, V] of the last rows. `room` tokens will follow."""
@@ -105,12 +109,11 @@ class Ours:
 
         from fathom.checkpoint.folder import Checkpoint
         from fathom.checkpoint.load import load_model
-        from fathom.model.cache import ContiguousCache
         from fathom.model.layers import Numerics
 
         computed = torch.float32 if dtype == "fp32" else torch.bfloat16
         self.model = load_model(folder, numerics=Numerics(computed, Checkpoint(folder).quantised))
-        self._cache: ContiguousCache
+        self._cache: ContiguousCache | None = None
         self._at = 0
 
     def prefill(self, prompts: Tensor, room: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fathom.cli.bench import bench
 from fathom.cli.convert import convert
 from fathom.cli.eval import evaluate
 from fathom.cli.train import train
@@ -91,6 +92,7 @@ def inspect(
 
 
 # These verbs declare their own options; their modules are as light as this one.
+app.command()(bench)
 app.command()(convert)
 app.command()(train)
 app.command("eval")(evaluate)
