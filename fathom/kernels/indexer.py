@@ -12,8 +12,8 @@ _SCRATCH_ELEMENTS = 1 << 24
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """sum_h w[t,h] * relu(q[t,h] . keys[b]), float32 [..., T, N].
 
-    q [..., T, H, D], weights [..., T, H], keys [..., N, D]. N is cut into tiles, so that the heads' scores before their
-    sum take bounded scratch.
+    q [..., T, H, D], weights [..., T, H], keys [..., N, D]. N is cut into tiles, so that the scores of all heads take
+    bounded scratch.
     """
     step = max(128, _SCRATCH_ELEMENTS // q.shape[:-1].numel())
     tiles = [_tile(q, weights, keys[..., i : i + step, :]) for i in range(0, keys.shape[-2], step)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,19 +14,14 @@ _ROW_MULTIPLE = 4
 
 
 def pad_rows(x: Tensor) -> Tensor:
-    """`x` [T, K] with zero rows added until the row count selects the one reduction order.
+    """`x` [T, K] with copies of its last row added until the row count selects the one reduction order.
 
     Only for inference in float32 on a CPU; the BF16 product has one order for any number of rows.
     """
     missing = -x.shape[0] % _ROW_MULTIPLE
     if not missing or x.dtype != torch.float32 or x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
         return x
-    return torch.cat((x, _zeros(missing, x.shape[1], x.dtype)))
-
-
-@lru_cache(maxsize=64)
-def _zeros(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(rows, width, dtype=dtype)
+    return torch.cat((x, x[-1:].expand(missing, -1))) if x.shape[0] > 1 else x.expand(_ROW_MULTIPLE, -1)
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ def mixing(m: Tensor, scale: Tensor, base: Tensor, n: int, rounds: int, eps: flo
     """
     if m.is_cuda or torch.is_grad_enabled():
         return _mixing_torch(m, scale, base, n, rounds, eps)
-    logits = m.numpy() * np.repeat(scale.numpy(), (n, n, n * n)) + base.numpy()
+    logits = m.numpy() * np.repeat(scale.float().numpy(), (n, n, n * n)) + base.float().numpy()
     gates = 1 / (1 + np.exp(-logits[:, : 2 * n]))
     comb = _sinkhorn_numpy(logits[:, 2 * n :], n, rounds, np.float32(eps))
     pre, post = gates[:, :n] + np.float32(eps), 2 * gates[:, n:]

@@ -29,6 +29,9 @@ CLOSE = 1e-5
 """Agreement to float32 rounding, relative to the largest value of the block's output."""
 FLIPPED = 0.2
 """The most that flipped steps may move a position in one block (measured: 0.054)."""
+HALF = 0.5
+"""The least share of one block's positions that agree to rounding (measured: 0.58, where a cache row flipped early and
+moved all positions that see it; a quantiser that is wrong moves nearly all of them)."""
 AGREE = 0.93
 """The least share of positions that agree to rounding, over all blocks of all draws (measured: 0.98)."""
 
@@ -149,7 +152,7 @@ def book(name: str, part: object, ratio: int, errors: Tensor, quantize: bool) ->
         assert errors.max() <= CLOSE, label
         return
     _errors.setdefault(label, []).append(errors)
-    assert errors.median() <= 1e-6, label
+    assert (errors <= CLOSE).float().mean() >= HALF, label
     assert errors.max() <= FLIPPED, label
 
 
