@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -69,7 +70,7 @@ def measure(folder: Path, job: Job) -> dict[str, Any]:
     config = ModelConfig.load(folder)
     prompts = _prompts(config, job)
     script = _peer_script(job.peer) if job.peer else None
-    load = os.getloadavg()
+    load, where = os.getloadavg(), machine()
     with ExitStack() as stack:
         weights = stack.enter_context(_export(folder)) if script else folder
         contenders = _start(stack, weights, job, script)
@@ -82,7 +83,7 @@ def measure(folder: Path, job: Job) -> dict[str, Any]:
     best = {side: min((r for r in rows if r["side"] == side), key=lambda r: r["seconds"]) for side in _sides(rows)}
     ratio = best[job.peer]["seconds"] / best["fathom"]["seconds"] if job.peer else None
     asked = {name: getattr(job, name) for name in ("mode", "context", "batch", "tokens", "runs", "peer")}
-    return {**asked, **machine(), "load": load, "rows": rows, "best": best, "ratio": ratio, "agreement": agreement}
+    return {**asked, **where, "load": load, "rows": rows, "best": best, "ratio": ratio, "agreement": agreement}
 
 
 def machine() -> dict[str, Any]:
@@ -258,7 +259,9 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@cache
 def _commit() -> str:
+    """What the clone stood at when it was first asked."""
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

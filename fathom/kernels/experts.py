@@ -34,16 +34,17 @@ def experts(
     Returns float32 [T, D]. A token's experts are summed in the order of `chosen`, whatever else is in the batch.
     """
     order, counts = _by_expert(chosen, w13.shape[0])
-    token, factor = order // chosen.shape[1], weights.flatten()[order].unsqueeze(-1)
-    parts, start = [], 0
-    for e, count in enumerate(counts):
-        if count:
-            at = slice(start, start + count)
-            hidden = swiglu(linear(x[token[at]], w13[e], None if s13 is None else s13[e]).float(), limit) * factor[at]
-            hidden = fp8_sim(hidden, WEIGHT_BLOCK) if quantize else hidden
-            parts.append(linear(hidden.to(x.dtype), w2[e], None if s2 is None else s2[e]).float())
-            start += count
-    return torch.cat(parts)[order.argsort()].unflatten(0, chosen.shape).sum(1)
+    gate_up = _grouped(x[order // chosen.shape[1]], counts, w13, s13)
+    hidden = swiglu(gate_up.float(), limit) * weights.flatten()[order].unsqueeze(-1)
+    hidden = fp8_sim(hidden, WEIGHT_BLOCK) if quantize else hidden
+    out = _grouped(hidden.to(x.dtype), counts, w2, s2).float()
+    return out[order.argsort()].unflatten(0, chosen.shape).sum(1)
+
+
+def _grouped(rows: Tensor, counts: list[int], weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Each group of `counts[e]` rows times the weight of expert e, end to end."""
+    groups = [(e, part) for e, part in enumerate(rows.split(counts)) if part.shape[0]]
+    return torch.cat([linear(part, weight[e], None if scale is None else scale[e]) for e, part in groups])
 
 
 def _by_expert(chosen: Tensor, n: int) -> tuple[Tensor, list[int]]:

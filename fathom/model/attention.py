@@ -77,11 +77,14 @@ class Attention(nn.Module):
     def _compressed(
         self, tile: Tile, projected: Tensor, index: tuple[Tensor, ...], step: Step, state: LayerState
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The sequence's entries [n, C] and which of them each query keeps, bool [t, n]; with documents in front."""
+        """The sequence's entries [n, C] and which of them each query keeps, bool [t, n]; with documents in front.
+
+        A single query sees all entries that are closed: None, unless the indexer chooses among them.
+        """
         if not self.ratio:
             return None, None
         entries = self.compressor(tile, tile.of(projected), step, state, self._stored)
-        kept = visible_entries(tile, self.ratio, entries.device)
+        kept = None if tile.single else visible_entries(tile, self.ratio, entries.device)
         if self.ratio == 4:
             proj, q, weights = index
             keys = self.indexer.compressor(tile, tile.of(proj), step, state, self.numerics.index)
@@ -89,8 +92,9 @@ class Attention(nn.Module):
         return entries, kept
 
     def _attend(self, tile: Tile, q: Tensor, window: Tensor, entries: Tensor | None, kept: Tensor | None) -> Tensor:
-        if tile.count == 1 and tile.docs == 1:
-            rows = window if entries is None or kept is None else torch.cat((window, entries[kept[0]]))
+        if tile.single:
+            chosen = entries if entries is None or kept is None else entries[kept[0]]
+            rows = window if chosen is None else torch.cat((window, chosen))
             return attend(q, rows, None, self.attn_sink)
         seen = _visible_window(tile, self.config.sliding_window, window.shape[-2], q.device)
         if entries is None or kept is None:

@@ -44,6 +44,11 @@ class Tile:
         """The tile's rows in the batch."""
         return slice(self.row, self.row + self.docs * self.count)
 
+    @property
+    def single(self) -> bool:
+        """Whether the tile is one token: a decode step, or the piece of one."""
+        return self.count == 1 and self.docs == 1
+
     def of(self, x: Tensor) -> Tensor:
         """The tile's rows of x [T, ...]: [count, ...], or [docs, count, ...] for more documents than one."""
         rows = x[self.rows]

@@ -31,16 +31,16 @@ class Indexer(nn.Module):
         weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
         return self.numerics.index(q), weights
 
-    def forward(self, tile: Tile, keys: Tensor, q: Tensor, weights: Tensor, visible: Tensor) -> Tensor:
+    def forward(self, tile: Tile, keys: Tensor, q: Tensor, weights: Tensor, visible: Tensor | None) -> Tensor | None:
         """The entries that each query keeps: keys [N, d], q [t, h, d], weights [t, h], visible [t, N] -> bool [t, N].
-        All but `visible` may have a leading axis of documents.
+        All but `visible` may have a leading axis of documents; None: all are visible.
 
         While no query sees more than `index_topk` entries every visible one is kept and nothing is scored.
         """
         if tile.end // 4 <= self.topk:
             return visible
-        scores = index_scores(q, weights, keys).masked_fill(~visible, float("-inf"))
-        return select_topk(scores, self.topk)
+        scores = index_scores(q, weights, keys)
+        return select_topk(scores if visible is None else scores.masked_fill(~visible, float("-inf")), self.topk)
 
 
 def visible_entries(tile: Tile, ratio: int, device: torch.device) -> Tensor:
