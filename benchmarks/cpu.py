@@ -44,7 +44,7 @@ _CHATS = 5
 
 def main() -> None:
     """Measure, show while going, and write results/cpu.md and results/cpu.json."""
-    begin = time.perf_counter()
+    begin, where = time.perf_counter(), machine()
     first = first_token()
     print(f"first token of fathom chat: {first['seconds']:.2f} s\n", flush=True)
     reports = {"small": _shown("the embedded model", measure(WEIGHTS / "small", SMALL))}
@@ -54,7 +54,7 @@ def main() -> None:
             reports[name] = _shown("118.6M random parameters", measure(weights, job))
     took = time.perf_counter() - begin
     RESULTS.mkdir(exist_ok=True)
-    _write("cpu.json", json.dumps({**machine(), "took": took, "first_token": first, **reports}, indent=1) + "\n")
+    _write("cpu.json", json.dumps({**where, "took": took, "first_token": first, **reports}, indent=1) + "\n")
     _write("cpu.md", "\n".join(_page(first, reports, took)) + "\n")
     print("\n".join(_verdicts(first, reports)))
 
@@ -151,11 +151,11 @@ _NOTES = (
     "## How to read this",
     "",
     "Each row of a table is a process of its own (a side and a dtype) with a number of threads; peak memory is that",
-    "process's, loading included. Sides take turns in every round; each side's best row counts. Rows that were half as",
-    "fast as their side's best in the warm-up were left out. MB read are the weights of a decode step, in the dtype",
-    "they are kept in. With transformers, both sides load the same BF16 export and no activation is quantised on either;",
-    "alone, the embedded model runs as in `fathom chat`, with activations quantised. A prefill computes the logits",
-    "of the last token only, on both sides.",
+    "process's, loading included. Sides take turns in every round; each side's best row counts. Rows half as fast as",
+    "their side's best in the warm-up were left out. MB read are the weights of a decode step, in the dtype they are",
+    "kept in. With transformers, both sides load the same BF16 export and no activation is quantised on either; alone,",
+    "the embedded model runs as in `fathom chat`, with activations quantised. A prefill computes the logits of the",
+    "last token only, on both sides.",
 )
 
 
