@@ -7,7 +7,7 @@ Two levels. An `Engine` turns token ids into token ids. A `ChatModel` turns mess
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -19,28 +19,36 @@ EFFORTS = ("none", "high", "max")
 
 MAX_SEED = 2**63 - 1
 
+MAX_LOGPROBS = 20
+"""The most alternatives that can be asked for with each token."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens, and when to stop.
 
-    temperature: 0 is greedy, at most 2; top_p in (0, 1]: the smallest set of tokens with that probability;
-    max_tokens: None is what the context leaves; seed: None draws one; stop_ids: besides the end of sentence.
+    temperature: 0 is greedy, at most 2; top_p in (0, 1]: the smallest set of tokens with that probability; top_k: only
+    the k likeliest; max_tokens: None is what the context leaves; seed: None draws one; stop_ids: besides the end of
+    sentence; logprobs: None for none, else how many alternatives (0 to 20) come with each token's own.
     Raises SamplingError, naming the value and its range.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int | None = None
     max_tokens: int | None = None
     seed: int | None = None
     stop_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0 <= self.temperature <= 2, "from 0 (greedy) to 2")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
         _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed <= MAX_SEED, f"from 0 to {MAX_SEED}")
         _check("stop_ids", self.stop_ids, all(i >= 0 for i in self.stop_ids), "token ids, none negative")
+        _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "from 0 to 20")
 
 
 def _check(name: str, value: object, fine: bool, wanted: str) -> None:
@@ -54,6 +62,8 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     TOOL_CALLS = "tool_calls"
+    CANCELLED = "cancelled"
+    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +76,70 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural log of a sampled token's probability, before temperature and cuts; `top`: (id, logprob), best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
-    """One sampled token; or, last, the end with its reason and the usage. Stop tokens are not shown."""
+    """One sampled token; or, last, the end with its reason and the usage. Stop tokens are not shown.
+
+    error: with `FinishReason.ERROR`, one line for the user.
+    """
 
     token: int | None = None
     finish: FinishReason | None = None
     usage: Usage | None = None
+    logprob: Logprob | None = None
+    error: str | None = None
+
+
+class Guide(Protocol):
+    """What may be sampled next: a request's own, fed with every token that was sampled."""
+
+    def allowed(self) -> bytes | None:
+        """A bit for each token id, lowest first (id i is bit i % 8 of byte i // 8); None allows everything."""
+
+    def accept(self, token: int) -> None:
+        """This token, a stop token included, was sampled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """Token ids to be continued.
+
+    namespace: prefixes are shared only with requests of the same one; keep: positions in the prompt at which a later
+    prompt may branch off (the beginning of the last user turn, for example), worth a resume point.
+    """
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    guide: Guide | None = None
+    namespace: str = ""
+    keep: tuple[int, ...] = ()
+
+
+class Ticket(Protocol):
+    """A request under way."""
+
+    def cancel(self) -> None:
+        """End it within one step; its last event then has `FinishReason.CANCELLED`. Any thread, any number of times."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What an engine is doing: requests waiting and running.
+
+    tiers of its cache: name (device, host, disk) -> (bytes used, bytes at most); notes: what the user should know, one line each.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    tiers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Engine(Protocol):
@@ -81,11 +149,23 @@ class Engine(Protocol):
     def context(self) -> int:
         """The most tokens that a prompt and its answer may have together."""
 
+    def submit(self, request: GenerateRequest, sink: Callable[[Event], None]) -> Ticket:
+        """Begin a request; `sink` gets its events, from the engine's thread, and must not block.
+
+        Raises PromptError and ContextError at once, before anything is computed.
+        """
+
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[Event]:
-        """Events of one request as they come. Raises PromptError, ContextError before the first."""
+        """Events of one request as they come. Raises as `submit`; closing the iterator cancels."""
 
     def generate_batch(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[list[Event]]:
         """All events of many requests, computed side by side, in the order of the requests."""
+
+    def status(self) -> Status:
+        """What it is doing now."""
+
+    def close(self) -> None:
+        """Cancel what runs, save what is worth it, and stop."""
 
 
 Message = Mapping[str, Any]
