@@ -133,7 +133,7 @@ class Ticket(Protocol):
 class Status:
     """What an engine is doing: requests waiting and running.
 
-    tiers of its cache: name (device, host, disk) -> (bytes used, bytes at most); notes: what the user should know, one line each.
+    tiers of its cache: name (device, host, disk) -> (bytes used, bytes at most); notes: what the user should know.
     """
 
     waiting: int = 0
