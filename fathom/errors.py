@@ -7,6 +7,7 @@
     ├── PromptError      a conversation or prompt that cannot be rendered, or has bad token ids
     │   └── ContextError the prompt does not fit the context
     ├── SamplingError    sampling parameters outside their range
+    ├── RequestError     an HTTP request that is refused, with its status
     └── TrainError       a training run that cannot start or resume
 
 A message is one line: what is wrong, then what to do. The command line prints it and exits with 2.
@@ -39,6 +40,21 @@ class ContextError(PromptError):
 
 class SamplingError(FathomError):
     """A sampling parameter is outside its range."""
+
+
+class RequestError(FathomError):
+    """A request over HTTP that is refused. status: of the answer; type, code, param: as in the error bodies of api B.8."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str = "invalid_request_error",
+        code: str | None = "invalid_request_error",
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.type, self.code, self.param = status, message, type, code, param
 
 
 class TrainError(FathomError):
