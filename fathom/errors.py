@@ -43,7 +43,7 @@ class SamplingError(FathomError):
 
 
 class RequestError(FathomError):
-    """A request over HTTP that is refused. status: of the answer; type, code, param: as in the error bodies of api B.8."""
+    """A request over HTTP that is refused. status, type, code and param are those of the error bodies of api B.8."""
 
     def __init__(
         self,
