@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from fathom.cli.screen import Loading
 from fathom.errors import ConfigError
-
-if TYPE_CHECKING:
-    from fathom.checkpoint.reader import Progress
-
-_EVERY = 0.5  # seconds between two lines of progress
 
 
 def convert(
@@ -42,7 +36,7 @@ def convert(
 
     source, folder = Path(paths[0]), Path(paths[1])
     files = _dialect(source)
-    run(source, folder, experts=experts, linears=linears, lossy=lossy, files=files, progress=_Shown())
+    run(source, folder, experts=experts, linears=linears, lossy=lossy, files=files, progress=Loading())
     _done(folder)
 
 
@@ -67,7 +61,7 @@ def _random(
         experts=experts,
         linears=linears,
         companions=folder,
-        progress=_Shown(),
+        progress=Loading(),
     )
     _done(out)
 
@@ -87,20 +81,6 @@ def _dialect(source: Path) -> dict[str, bytes]:
     if dialect is Dialect.APRIL:
         return {}
     return {"fathom.json": (json.dumps({"dialect": str(dialect)}, indent=2) + "\n").encode()}
-
-
-class _Shown:
-    """Progress as one line on stderr that is written over; nothing where nobody looks."""
-
-    def __init__(self) -> None:
-        self.shown = 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        now, last = time.perf_counter(), progress.done == progress.total
-        if sys.stderr.isatty() and (last or now - self.shown >= _EVERY):
-            self.shown = now
-            text = f"{progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB, {progress.rate / 1e6:.0f} MB/s"
-            print(f"\r{text}   ", end="\n" if last else "", file=sys.stderr, flush=True)
 
 
 def _done(folder: Path) -> None:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fathom.api import Completion, Delta, FinishReason
 
+if TYPE_CHECKING:
+    from fathom.checkpoint.reader import Progress
+
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+_EVERY = 0.5  # seconds between two lines of progress
 
 
 @dataclass
@@ -96,3 +102,20 @@ def summary(done: Completion, clock: Clock, context: int) -> str:
 def _visible(text: str) -> str:
     """A model must not steer the terminal."""
     return text.replace("\x1b", "␛")
+
+
+@dataclass
+class Loading:
+    """Bytes read or written, on one line of stderr that is written over; nothing where nobody looks, nor before `after`
+    seconds have passed.
+    """
+
+    after: float = 0.0
+    shown: float = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now, last = time.perf_counter(), progress.done >= progress.total
+        if sys.stderr.isatty() and progress.seconds > self.after and (last or now - self.shown >= _EVERY):
+            self.shown = now
+            text = f"{progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB, {progress.rate / 1e6:.0f} MB/s"
+            print(f"\r{text}   ", end="\n" if last else "", file=sys.stderr, flush=True)

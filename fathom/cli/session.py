@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fathom.api import SamplingParams
+from fathom.cli.screen import Loading
 from fathom.errors import PromptError
 
 if TYPE_CHECKING:
-    from fathom.checkpoint.reader import Progress
     from fathom.encoding.chat import Chat
 
 
@@ -28,15 +28,7 @@ def open_chat(
     ModelConfig.load(folder)
     codec = Codec.load(folder, dialect)
     context = max_context or codec.settings.context
-    return Chat(LLM.load(folder, threads=threads, max_context=context, progress=_loading), codec)
-
-
-def _loading(progress: Progress) -> None:
-    """A line on the terminal that counts bytes, once loading takes longer than one waits without wondering."""
-    if progress.seconds > 1 and sys.stderr.isatty():
-        done, total, rate = (x / 1e9 for x in (progress.done, progress.total, progress.rate))
-        end = "\n" if progress.done >= progress.total else ""
-        print(f"\rloading {done:.2f} of {total:.2f} GB, {rate:.2f} GB/s ", end=end, file=sys.stderr, flush=True)
+    return Chat(LLM.load(folder, threads=threads, max_context=context, progress=Loading(after=1.0)), codec)
 
 
 @dataclass(frozen=True)
