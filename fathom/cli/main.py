@@ -11,6 +11,7 @@ import typer
 
 from fathom.cli.bench import bench
 from fathom.cli.convert import convert
+from fathom.cli.cost import cost
 from fathom.cli.eval import evaluate
 from fathom.cli.train import train
 from fathom.errors import FathomError
@@ -94,6 +95,7 @@ def inspect(
 # These verbs declare their own options; their modules are as light as this one.
 app.command()(bench)
 app.command()(convert)
+app.command()(cost)
 app.command()(train)
 app.command("eval")(evaluate)
 

@@ -1,0 +1,146 @@
+"""`fathom cost`: what a workload costs on each model that has prices."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from html import escape
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fathom.errors import ConfigError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMB]?)")
+
+
+def cost(
+    input_tokens: Annotated[str, typer.Option(help="Prompt tokens: 500, 20K, 10M, 1.5B.")] = "0",
+    output_tokens: Annotated[str, typer.Option(help="Generated tokens, thinking included.")] = "100M",
+    hit_rate: Annotated[float, typer.Option(help="Part of the prompt tokens found in a cache, 0 to 1.")] = 0.0,
+    prices: Annotated[
+        str | None, typer.Option(help="Prices of this day or moment (UTC); the launch if absent.")
+    ] = None,
+    list_file: Annotated[
+        list[Path] | None, typer.Option("--list", help="A price list of your own; repeatable.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the comparison to this SVG file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """What a workload costs on each model, in USD."""
+    from fathom.server.prices import LISTS, PriceBook, Tokens
+
+    book = PriceBook.load([*sorted(LISTS.glob("*.csv")), *(list_file or ())])
+    given, written = count("--input-tokens", input_tokens), count("--output-tokens", output_tokens)
+    if not 0 <= hit_rate <= 1:
+        raise ConfigError(f"--hit-rate {hit_rate} is out of range: it must be from 0 to 1")
+    hit = round(given * hit_rate)
+    bills = compare(book, Tokens(hit, given - hit, written), _moment(prices))
+    if plot:
+        _write(plot, bars(bills))
+    print(json.dumps(_as_json(bills), indent=2) if as_json else "\n".join(table(bills)))
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What one model would charge for the workload, by class of tokens, in USD."""
+
+    model: str
+    hit: Decimal
+    miss: Decimal
+    output: Decimal
+    note: str
+
+    @property
+    def total(self) -> Decimal:
+        """All of it."""
+        return self.hit + self.miss + self.output
+
+
+def count(flag: str, text: str) -> int:
+    """A number of tokens with an optional K, M or B. Raises ConfigError."""
+    found = _COUNT.fullmatch(text.strip().upper())
+    if not found:
+        raise ConfigError(f"{flag} '{text}' is no number of tokens: write 500, 20K, 10M or 1.5B")
+    return int(Decimal(found[1]) * _UNITS[found[2]])
+
+
+def compare(book: Any, tokens: Any, moment: datetime) -> list[Bill]:
+    """The bill of every model that has a price at `moment`, cheapest first. Raises ConfigError if none has."""
+    from fathom.server.prices import Tokens
+
+    bills = []
+    for model in book.models:
+        try:
+            price = book.price(model, moment)
+        except ConfigError:
+            continue
+        parts = (Tokens(hit=tokens.hit), Tokens(miss=tokens.miss), Tokens(output=tokens.output))
+        hit, miss, output = (price.amount(part, moment) for part in parts)
+        bills.append(Bill(model, hit, miss, output, price.note))
+    if not bills:
+        raise ConfigError(f"no model has a price at {moment:%F %R} UTC: the first lists are of 2026-04-24")
+    return sorted(bills, key=lambda bill: (bill.total, bill.model))
+
+
+def table(bills: Sequence[Bill]) -> list[str]:
+    """A Markdown table, and the notes of its rows."""
+    lines = ["| model | cached prompt | new prompt | output | USD |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines += [f"| {b.model} | {_usd(b.hit)} | {_usd(b.miss)} | {_usd(b.output)} | {_usd(b.total)} |" for b in bills]
+    return lines + [""] + [f"{b.model}: {b.note}" for b in bills if b.note]
+
+
+def bars(bills: Sequence[Bill]) -> str:
+    """The totals as horizontal bars on a linear scale: an SVG document with a light background."""
+    row, left, wide = 34, 170, 420
+    height, most = row * len(bills) + 20, max(b.total for b in bills) or Decimal(1)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide + 130} {height}" role="img" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="14">',
+        "<title>What the workload costs on each model, in USD</title>",
+        '<rect width="100%" height="100%" fill="#ffffff"/>',
+    ]
+    for n, bill in enumerate(bills):
+        y, length = 10 + n * row, float(bill.total / most) * wide
+        colour = "#2563eb" if bill.model.startswith("deepseek") else "#9ca3af"
+        parts.append(f'<text x="{left - 10}" y="{y + 19}" text-anchor="end" fill="#111827">{escape(bill.model)}</text>')
+        parts.append(f'<rect x="{left}" y="{y + 4}" width="{max(length, 1):.1f}" height="22" fill="{colour}"/>')
+        parts.append(f'<text x="{left + length + 8:.1f}" y="{y + 19}" fill="#111827">${_usd(bill.total)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _usd(amount: Decimal) -> str:
+    """Two decimals, more where the first two say nothing."""
+    return f"{amount:,.2f}" if amount == 0 or amount >= Decimal("0.1") else f"{amount:.2g}"
+
+
+def _moment(text: str | None) -> datetime:
+    from fathom.server.prices import LAUNCH
+
+    if text is None:
+        return LAUNCH
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"--prices '{text}' is no day: write 2026-09-10 or 2026-09-10T06:00") from None
+    return moment.replace(tzinfo=moment.tzinfo or UTC)
+
+
+def _as_json(bills: Sequence[Bill]) -> dict[str, Any]:
+    keys = ("hit", "miss", "output", "total")
+    return {
+        "currency": "USD",
+        "models": {b.model: {k: str(getattr(b, k)) for k in keys} | {"note": b.note} for b in bills},
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,70 @@
+"""`fathom cost`: the project's example, the parts of a bill, wrong flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from fathom.cli.main import run
+
+Bills = Callable[..., dict[str, dict[str, str]]]
+
+
+@pytest.fixture
+def bills(capsys: pytest.CaptureFixture[str]) -> Bills:
+    def ask(*arguments: str) -> dict[str, dict[str, str]]:
+        assert run(["cost", *arguments, "--json"]) == 0
+        models: dict[str, dict[str, str]] = json.loads(capsys.readouterr().out)["models"]
+        return models
+
+    return ask
+
+
+def test_the_projects_example(bills: Bills) -> None:
+    found = bills("--output-tokens", "100M")
+    wanted = {"opus-4.7": 2500, "deepseek-v4-pro": 348, "gpt-5.5": 3000}
+    assert {model: Decimal(found[model]["total"]) for model in wanted} == wanted
+
+
+def test_a_bill_by_hand_at_a_peak_hour(bills: Bills) -> None:
+    flags = ("--input-tokens", "10M", "--hit-rate", "0.9", "--output-tokens", "1M", "--prices", "2026-09-14T07:00")
+    pro = bills(*flags)["deepseek-v4-pro"]
+    # A Monday, 07:00 UTC: twice 0.022 / 0.66 / 1.98 for 9, 1 and 1 million tokens.
+    assert [Decimal(pro[k]) for k in ("hit", "miss", "output", "total")] == [
+        Decimal(x) for x in ("0.396", "1.32", "3.96", "5.676")
+    ]
+
+
+def test_the_table_says_where_a_hit_has_no_price(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["cost", "--input-tokens", "1M"]) == 0
+    said = capsys.readouterr().out
+    assert "| opus-4.7 | 0.00 | 5.00 | 2,500.00 | 2,505.00 |" in said
+    assert "opus-4.7: no price of a cache hit is known: charged as a miss" in said
+
+
+def test_the_picture_has_a_bar_for_every_model(tmp_path: Path) -> None:
+    assert run(["cost", "--plot", str(tmp_path / "c.svg")]) == 0
+    tree = ElementTree.parse(tmp_path / "c.svg")
+    texts = [t.text for t in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert "gpt-5.5" in texts and "$3,000.00" in texts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--output-tokens", "ten"), "--output-tokens 'ten' is no number of tokens"),
+        (("--hit-rate", "1.5"), "--hit-rate 1.5 is out of range"),
+        (("--prices", "soon"), "--prices 'soon' is no day"),
+        (("--prices", "2020-01-01"), "no model has a price at 2020-01-01"),
+        (("--list", "missing.csv"), "price list missing.csv cannot be read"),
+    ],
+)
+def test_wrong_flags_are_one_line(arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["cost", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and words in said.err and said.err.count("\n") == 1
