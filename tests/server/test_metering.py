@@ -1,0 +1,212 @@
+"""The ledger: no finished request is lost or booked twice, whatever is killed, away or damaged."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from fathom.errors import ConfigError
+from fathom.server.database import open_database, requests
+from fathom.server.metering import Meter, Row, read_rows
+from tests.server.postgres import postgres
+
+AT = datetime(2026, 9, 14, 7, tzinfo=UTC)
+
+
+def row(n: int, key: str | None = "k1", amount: str = "0.000000000123") -> Row:
+    return Row(
+        id=f"r{n:06d}",
+        at=AT + timedelta(seconds=n),
+        key=key,
+        protocol="chat",
+        model="deepseek-v4-flash",
+        hit=128 * n,
+        miss=7,
+        output=5,
+        reasoning=3,
+        first_ms=None if n % 3 else 12,
+        total_ms=40,
+        finish="stop",
+        price="deepseek-v4-flash@2026-09-10T04:00Z",
+        amount=Decimal(amount) * n,
+    )
+
+
+def url(folder: Path) -> str:
+    return f"sqlite:///{folder}/ledger.db"
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[sa.Engine]:
+    engine = open_database(url(tmp_path))
+    yield engine
+    engine.dispose()
+
+
+def test_rows_come_back_as_they_were_booked(tmp_path: Path, database: sa.Engine) -> None:
+    rows = [row(n, key=None if n % 5 == 0 else f"k{n % 2}") for n in range(1200)]
+    meter = Meter(database, tmp_path / "journal")
+    for r in rows:
+        meter.book(r)
+    meter.close()
+    assert list(read_rows(database)) == rows
+    assert list(read_rows(database, AT + timedelta(seconds=10), AT + timedelta(seconds=20))) == rows[10:20]
+    again = Meter(database, tmp_path / "journal")
+    assert again.spent("k1") == sum(r.amount for r in rows if r.key == "k1") == meter.spent("k1")
+    again.close()
+
+
+def test_files_are_readable_by_their_owner_only(tmp_path: Path, database: sa.Engine) -> None:
+    Meter(database, tmp_path / "journal").close()
+    assert [(tmp_path / f).stat().st_mode & 0o777 for f in ("ledger.db", "journal")] == [0o600, 0o600]
+
+
+def test_a_database_that_goes_away_is_waited_for(tmp_path: Path, database: sa.Engine) -> None:
+    meter = Meter(database, tmp_path / "journal", limit=2000)
+    meter.book(row(1))
+    _until(lambda: meter.waiting == 0)
+    other = sqlite3.connect(tmp_path / "ledger.db")
+    other.execute("ALTER TABLE requests RENAME TO elsewhere")
+    other.commit()
+    for n in range(2, 10):
+        meter.book(row(n))
+    _until(lambda: meter.trouble is not None)
+    assert "no such table" in str(meter.trouble) and meter.waiting == 8 and meter.full
+    assert meter.spent("k1") == sum(row(n).amount for n in range(1, 10))
+    other.execute("ALTER TABLE elsewhere RENAME TO requests")
+    other.commit()
+    other.close()
+    _until(lambda: meter.waiting == 0)
+    assert meter.trouble is None and not meter.full
+    meter.close()
+    assert [r.id for r in read_rows(database)] == [row(n).id for n in range(1, 10)]
+
+
+def test_a_damaged_journal_gives_its_whole_lines(tmp_path: Path, database: sa.Engine) -> None:
+    journal = tmp_path / "journal"
+    away = Meter(database, journal)
+    away._database = sa.create_engine(f"sqlite:///{tmp_path}/empty.db")
+    for n in range(4):
+        away.book(row(n))
+    _until(lambda: away.trouble is not None)
+    away.close(patience=0.0)
+    text = journal.read_bytes()
+    for damage in (
+        text[:-1],
+        text + b"00000000 {}\n",
+        text + b"\xff\xfe garbage",
+        text.replace(b"r000003", b"r0000x3"),
+    ):
+        whole = 4 - (damage == text[:-1]) - (b"x3" in damage)
+        copy = tmp_path / f"copy{len(damage)}{whole}"
+        copy.write_bytes(damage)
+        again = open_database(f"sqlite:///{copy}.db")
+        meter = Meter(again, copy)
+        meter.book(row(9))
+        meter.close()
+        assert [r.id for r in read_rows(again)] == [row(n).id for n in [*range(whole), 9]]
+
+
+def test_two_servers_cannot_share_a_journal(tmp_path: Path, database: sa.Engine) -> None:
+    meter = Meter(database, tmp_path / "journal")
+    with pytest.raises(ConfigError, match="another server keeps its ledger there"):
+        Meter(database, tmp_path / "journal")
+    meter.close()
+
+
+def test_a_newer_or_unreachable_database_is_refused_in_one_line(tmp_path: Path, database: sa.Engine) -> None:
+    with database.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(ConfigError, match="was made by a newer fathom"):
+        open_database(url(tmp_path))
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        open_database("postgresql://nobody:secret@127.0.0.1:1/none")
+    with pytest.raises(ConfigError, match="cannot be opened") as refused:
+        open_database("nonsense")
+    assert "secret" not in str(refused.value)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from fathom.server.database import open_database
+from fathom.server.metering import Meter
+from tests.server.test_metering import row, url
+folder, first = Path(sys.argv[1]), int(sys.argv[2])
+meter = Meter(open_database(url(folder)), folder / "journal")
+for n in range(first, 10**6):
+    meter.book(row(n))
+    print(n, flush=True)
+"""
+
+
+def kill_and_count(folder: Path, kills: int) -> None:
+    """Kill a booking process again and again: what it had said is booked is there, once."""
+    rng, told = random.Random(kills), 0
+    for _ in range(kills):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(folder), str(told + 1)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        lines = [writer.stdout.readline()]
+        time.sleep(rng.uniform(0, 0.1))
+        writer.send_signal(signal.SIGKILL)
+        lines += writer.stdout.readlines()
+        writer.wait()
+        told = max(int(line) for line in lines if line.strip().isdigit() and line.endswith("\n"))
+    database = open_database(url(folder))
+    Meter(database, folder / "journal").close()
+    booked = [r.id for r in read_rows(database)]
+    assert len(booked) == len(set(booked)) and set(booked) >= {row(n).id for n in range(1, told + 1)}
+    assert all(r == row(int(r.id[1:])) for r in read_rows(database))
+
+
+def test_kills_lose_and_double_nothing(tmp_path: Path) -> None:
+    kill_and_count(tmp_path, 3)
+
+
+@pytest.mark.external
+def test_fifty_kills_lose_and_double_nothing(tmp_path: Path) -> None:
+    kill_and_count(tmp_path, 50)
+
+
+@pytest.mark.external
+def test_the_same_on_postgresql_which_may_go_away(tmp_path: Path) -> None:
+    with postgres() as server:
+        database = open_database(server.url)
+        meter = Meter(database, tmp_path / "journal")
+        rows = [row(n) for n in range(1, 700)]
+        for n, r in enumerate(rows):
+            if n == 300:
+                server.stop("immediate")
+            meter.book(r)
+        _until(lambda: meter.trouble is not None)
+        server.start()
+        _until(lambda: meter.waiting == 0)
+        meter.close()
+        assert list(read_rows(database)) == rows
+        assert Meter(database, tmp_path / "journal").spent("k1") == sum(r.amount for r in rows)
+        database.dispose()
+
+
+def test_the_first_migration_makes_the_declared_tables(database: sa.Engine) -> None:
+    found = sa.inspect(database)
+    assert {c["name"] for c in found.get_columns("requests")} == set(requests.c.keys())
+
+
+def _until(condition: object, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.01)
