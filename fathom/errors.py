@@ -43,7 +43,10 @@ class SamplingError(FathomError):
 
 
 class RequestError(FathomError):
-    """A request over HTTP that is refused. status, type, code and param are those of the error bodies of api B.8."""
+    """A request over HTTP that is refused. status, type, code and param are those of the error bodies of api B.8.
+
+    retry_after: seconds after which trying again makes sense, if it does.
+    """
 
     def __init__(
         self,
@@ -52,9 +55,11 @@ class RequestError(FathomError):
         type: str = "invalid_request_error",
         code: str | None = "invalid_request_error",
         param: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.type, self.code, self.param = status, message, type, code, param
+        self.retry_after = retry_after
 
 
 class TrainError(FathomError):

@@ -13,6 +13,7 @@ from fathom.cli.bench import bench
 from fathom.cli.convert import convert
 from fathom.cli.cost import cost
 from fathom.cli.eval import evaluate
+from fathom.cli.keys import keys
 from fathom.cli.train import train
 from fathom.errors import FathomError
 
@@ -98,6 +99,7 @@ app.command()(convert)
 app.command()(cost)
 app.command()(train)
 app.command("eval")(evaluate)
+app.add_typer(keys, name="keys")
 
 
 def run(arguments: Sequence[str]) -> int:
