@@ -27,9 +27,9 @@ def _silent(event: Event) -> None:
 class Sequence:
     """Prompt and answer so far, of which the first `at` tokens are computed. Never longer than `end` ids.
 
-    slot, pages: its memory, None and empty while it waits; cached: prompt tokens that were not computed; keep: multiples
-    of 128 at which a resume point is wanted; lives: how often it was admitted; id: its place in the order of arrival,
-    given by the scheduler.
+    slot, pages: its memory, None and empty while it waits; cached: prompt tokens that were not computed; keep:
+    multiples of 128 at which a resume point is wanted; lives: how often it was admitted; id: its place in the order of
+    arrival, given by the scheduler.
     """
 
     request: GenerateRequest
