@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anthropic
 import httpx
 import pytest
 
-from tests.server.harness import MODEL, PARIS, ROME, T1_MESSAGES, Faulty, Site, block, leaks, user
+from tests.server.harness import MODEL, PARIS, ROME, T1_MESSAGES, Faulty, Site, block, eventually, leaks, user
 
 SAID = "Let me see.</think>It is four."
 CALLED = "Look it up.</think>One moment." + block(PARIS)
@@ -233,19 +234,23 @@ def test_case_80_an_unknown_model(site: Site) -> None:
 
 
 def test_case_80_overload_before_a_stream(narrow: Site) -> None:
-    """One place to run and none to wait: who comes second is sent away with a time to come back."""
+    """Two may be served at once; the third is sent away before its stream begins."""
     gate = threading.Event()
-    narrow.script("word " * 20, gate=gate)
-    first = threading.Thread(target=lambda: narrow.messages(max_tokens=30))
-    first.start()
-    with pytest.raises(anthropic.APIStatusError) as refused:
-        for _ in range(50):
-            body = {"model": MODEL, "max_tokens": 5, "messages": [user("Hi")]}
-            narrow.anthropic(timeout=0.2).messages.create(stream=True, **body)
-    gate.set()
-    first.join(10)
+    stub = narrow.script("word", gate=gate)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(post, narrow) for _ in range(2)]
+        assert eventually(lambda: len(stub.requests) == 2)
+        with pytest.raises(anthropic.APIStatusError) as refused:
+            narrow.anthropic().messages.create(model=MODEL, max_tokens=5, messages=[user("Hi")], stream=True)
+        gate.set()
+        assert [w.result() for w in waiting] == [200, 200]
     assert refused.value.status_code in (429, 503, 529)
-    assert refused.value.body["error"]["message"]
+    assert refused.value.body["error"]["message"] and refused.value.response.headers["retry-after"]
+
+
+def post(site: Site) -> int:
+    body = {"model": MODEL, "max_tokens": 30, "messages": [user("Hi")]}
+    return httpx.post(site.url + "/v1/messages", json=body, timeout=30).status_code
 
 
 def test_case_80_a_fault_within_a_stream(site: Site) -> None:
