@@ -137,6 +137,7 @@ class Scheduler:
         if sequence.end > self.capacity:
             limit = f"prompt and answer may take {sequence.end} tokens, but the cache holds {self.capacity}"
             raise ContextError(f"{limit}: shorten the prompt, lower max_tokens, or give the cache more memory")
+        assert sequence.end > sequence.prompt, "a sequence without room for an answer"
         sequence.id, self._count = self._count, self._count + 1
         self._queue.add(sequence)
 

@@ -60,7 +60,7 @@ class Queue:
 
 
 class Dealer:
-    """Deals a step's prefill tokens, tile by tile, to namespaces in turn; within one to the oldest, then to the next."""
+    """Deals a step's prefill tokens, tile by tile, to namespaces in turn; in each to the oldest, then to the next."""
 
     def __init__(self) -> None:
         self._turns: list[str] = []
