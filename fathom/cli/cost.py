@@ -10,11 +10,16 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fathom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fathom.server.prices import PriceBook, Tokens
+
+    Use = tuple[datetime, Tokens]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMB]?)")
@@ -27,21 +32,31 @@ def cost(
     prices: Annotated[
         str | None, typer.Option(help="Prices of this day or moment (UTC); the launch if absent.")
     ] = None,
+    ledger: Annotated[
+        str | None, typer.Option(help="A server's ledger (database URL) in place of token counts.")
+    ] = None,
+    since: Annotated[str | None, typer.Option(help="With --ledger: from this day or moment (UTC).")] = None,
+    until: Annotated[str | None, typer.Option(help="With --ledger: to before this day or moment (UTC).")] = None,
     list_file: Annotated[
         list[Path] | None, typer.Option("--list", help="A price list of your own; repeatable.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the comparison to this SVG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """What a workload costs on each model, in USD."""
-    from fathom.server.prices import LISTS, PriceBook, Tokens
+    """What a workload costs on each model, in USD; with --ledger, what a server's requests would have cost."""
+    from fathom.server.prices import LAUNCH, LISTS, PriceBook, Tokens
 
     book = PriceBook.load([*sorted(LISTS.glob("*.csv")), *(list_file or ())])
-    given, written = count("--input-tokens", input_tokens), count("--output-tokens", output_tokens)
-    if not 0 <= hit_rate <= 1:
-        raise ConfigError(f"--hit-rate {hit_rate} is out of range: it must be from 0 to 1")
-    hit = round(given * hit_rate)
-    bills = compare(book, Tokens(hit, given - hit, written), _moment(prices))
+    moment = _moment("--prices", prices)
+    if ledger:
+        uses = _booked(ledger, _moment("--since", since), _moment("--until", until))
+        bills = compare(book, uses if moment is None else [(moment, tokens) for _, tokens in uses])
+    else:
+        given, written = count("--input-tokens", input_tokens), count("--output-tokens", output_tokens)
+        if not 0 <= hit_rate <= 1:
+            raise ConfigError(f"--hit-rate {hit_rate} is out of range: it must be from 0 to 1")
+        hit = round(given * hit_rate)
+        bills = compare(book, [(moment or LAUNCH, Tokens(hit, given - hit, written))])
     if plot:
         _write(plot, bars(bills))
     print(json.dumps(_as_json(bills), indent=2) if as_json else "\n".join(table(bills)))
@@ -71,22 +86,44 @@ def count(flag: str, text: str) -> int:
     return int(Decimal(found[1]) * _UNITS[found[2]])
 
 
-def compare(book: Any, tokens: Any, moment: datetime) -> list[Bill]:
-    """The bill of every model that has a price at `moment`, cheapest first. Raises ConfigError if none has."""
-    from fathom.server.prices import Tokens
-
+def compare(book: PriceBook, uses: Sequence[Use]) -> list[Bill]:
+    """The bill of every model that has a price at all these moments, cheapest first. Raises ConfigError if none has."""
     bills = []
     for model in book.models:
         try:
-            price = book.price(model, moment)
+            bills.append(_bill(book, model, uses))
         except ConfigError:
             continue
-        parts = (Tokens(hit=tokens.hit), Tokens(miss=tokens.miss), Tokens(output=tokens.output))
-        hit, miss, output = (price.amount(part, moment) for part in parts)
-        bills.append(Bill(model, hit, miss, output, price.note))
     if not bills:
-        raise ConfigError(f"no model has a price at {moment:%F %R} UTC: the first lists are of 2026-04-24")
+        raise ConfigError(f"no model has a price at {uses[0][0]:%F %R} UTC: the first lists are of 2026-04-24")
     return sorted(bills, key=lambda bill: (bill.total, bill.model))
+
+
+def _bill(book: PriceBook, model: str, uses: Sequence[Use]) -> Bill:
+    from fathom.server.prices import Tokens
+
+    hit = miss = output = Decimal(0)
+    notes: dict[str, None] = {}
+    for moment, tokens in uses:
+        price = book.price(model, moment)
+        hit += price.amount(Tokens(hit=tokens.hit), moment)
+        miss += price.amount(Tokens(miss=tokens.miss), moment)
+        output += price.amount(Tokens(output=tokens.output), moment)
+        notes[price.note] = None
+    return Bill(model, hit, miss, output, "; ".join(filter(None, notes)))
+
+
+def _booked(url: str, since: datetime | None, until: datetime | None) -> list[Use]:
+    from fathom.server.database import open_database
+    from fathom.server.metering import read_rows
+    from fathom.server.prices import Tokens
+
+    database = open_database(url)
+    uses = [(row.at, Tokens(row.hit, row.miss, row.output)) for row in read_rows(database, since, until)]
+    database.dispose()
+    if not uses:
+        raise ConfigError("the ledger has no requests in this period")
+    return uses
 
 
 def table(bills: Sequence[Bill]) -> list[str]:
@@ -120,15 +157,13 @@ def _usd(amount: Decimal) -> str:
     return f"{amount:,.2f}" if amount == 0 or amount >= Decimal("0.1") else f"{amount:.2g}"
 
 
-def _moment(text: str | None) -> datetime:
-    from fathom.server.prices import LAUNCH
-
+def _moment(flag: str, text: str | None) -> datetime | None:
     if text is None:
-        return LAUNCH
+        return None
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise ConfigError(f"--prices '{text}' is no day: write 2026-09-10 or 2026-09-10T06:00") from None
+        raise ConfigError(f"{flag} '{text}' is no day: write 2026-09-10 or 2026-09-10T06:00") from None
     return moment.replace(tzinfo=moment.tzinfo or UTC)
 
 

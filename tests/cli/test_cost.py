@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from fathom.cli.main import run
+from fathom.server.database import open_database
+from fathom.server.metering import Meter, Row
 
 Bills = Callable[..., dict[str, dict[str, str]]]
 
@@ -68,3 +71,21 @@ def test_wrong_flags_are_one_line(arguments: tuple[str, ...], words: str, capsys
     assert run(["cost", *arguments]) == 2
     said = capsys.readouterr()
     assert said.out == "" and words in said.err and said.err.count("\n") == 1
+
+
+def test_a_ledger_says_what_it_would_have_cost_elsewhere(tmp_path: Path, bills: Bills) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    database = open_database(url)
+    meter = Meter(database, tmp_path / "journal")
+    for n, day in enumerate((1, 20, 21)):
+        use = {"hit": 10**6, "miss": 2 * 10**6, "output": 10**6, "reasoning": 0, "first_ms": 1, "total_ms": 2}
+        names = {"id": str(n), "protocol": "chat", "model": "m", "finish": "stop", "price": "p"}
+        at = datetime(2026, 9, day, 12, tzinfo=UTC)
+        meter.book(Row(at=at, key=None, amount=Decimal(0), **use, **names))  # type: ignore[arg-type]
+    meter.close()
+    database.dispose()
+    flash = bills("--ledger", url)["deepseek-v4-flash"]
+    # Off-peak: 0.007 / 0.22 / 0.66 on the first, 0.003 / 0.15 / 0.60 on the others.
+    assert Decimal(flash["total"]) == Decimal("1.107") + 2 * Decimal("0.903")
+    assert Decimal(bills("--ledger", url, "--since", "2026-09-21")["opus-4.7"]["total"]) == 3 * 5 + 25
+    assert run(["cost", "--ledger", url, "--since", "2027-01-01"]) == 2

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,9 @@ import sqlalchemy as sa
 from fathom.errors import ConfigError
 from fathom.server.database import open_database, requests
 from fathom.server.metering import Meter, Row, read_rows
+from fathom.server.prices import PriceBook, Tokens
 from tests.server.postgres import postgres
+from tests.server.test_prices import published
 
 AT = datetime(2026, 9, 14, 7, tzinfo=UTC)
 
@@ -65,6 +69,33 @@ def test_rows_come_back_as_they_were_booked(tmp_path: Path, database: sa.Engine)
     again = Meter(database, tmp_path / "journal")
     assert again.spent("k1") == sum(r.amount for r in rows if r.key == "k1") == meter.spent("k1")
     again.close()
+
+
+def test_an_audit_of_the_ledger_finds_no_difference(tmp_path: Path, database: sa.Engine) -> None:
+    """10,000 requests around price changes and peak hours, booked, read back, and recomputed with fractions."""
+    rng, book = random.Random(11), PriceBook.load()
+    borders = [datetime(2026, 4, 26, 12, 15), datetime(2026, 8, 16, 16), datetime(2026, 9, 10, 4)]
+    borders += [datetime(2026, 9, day, hour) for day in range(7, 15) for hour in (1, 4, 6, 10)]
+    meter = Meter(database, tmp_path / "journal")
+    for n in range(10_000):
+        at = rng.choice(borders).replace(tzinfo=UTC) + timedelta(
+            microseconds=rng.randint(-5, 5) * 10 ** rng.randrange(9)
+        )
+        model = rng.choice(("deepseek-v4-pro", "deepseek-v4-flash"))
+        used = Tokens(rng.randrange(10**6), rng.randrange(10**6), rng.randrange(10**6))
+        price = book.price(model, at)
+        meter.book(
+            replace(
+                row(n), at=at, model=model, hit=used.hit, miss=used.miss, output=used.output, price=price.version,
+                amount=price.amount(used, at),
+            )
+        )  # fmt: skip
+    meter.close()
+    rows = list(read_rows(database))
+    assert len(rows) == 10_000
+    for r in rows:
+        hit, miss, output = map(Fraction, published(r.model, r.at))
+        assert Fraction(r.amount) == (r.hit * hit + r.miss * miss + r.output * output) / 10**6
 
 
 def test_files_are_readable_by_their_owner_only(tmp_path: Path, database: sa.Engine) -> None:

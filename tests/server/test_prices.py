@@ -24,7 +24,7 @@ def test_a_hundred_million_output_tokens_cost_what_was_announced(model: str, usd
     assert PriceBook.load().amount(model, Tokens(output=100_000_000), LAUNCH) == usd
 
 
-def _published(model: str, at: datetime) -> tuple[str, str, str]:
+def published(model: str, at: datetime) -> tuple[str, str, str]:
     """Reference api B.12, written down a second time as conditions; peak doubling included."""
     pro = model == "deepseek-v4-pro"
     if at < datetime(2026, 4, 26, 12, 15, tzinfo=UTC):
@@ -51,7 +51,7 @@ def test_an_audit_of_random_requests_finds_no_difference() -> None:
         if n % 4 == 0:
             at = at.replace(hour=rng.choice((1, 4, 6, 10)), minute=0, second=0) - timedelta(microseconds=n % 8 // 4)
         tokens = Tokens(rng.randrange(10**6), rng.randrange(10**6), rng.randrange(10**5))
-        hit, miss, output = map(Fraction, _published(model, at))
+        hit, miss, output = map(Fraction, published(model, at))
         wanted = (tokens.hit * hit + tokens.miss * miss + tokens.output * output) / 10**6
         assert Fraction(book.amount(model, tokens, at)) == wanted, (model, at, tokens)
 
