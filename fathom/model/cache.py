@@ -37,6 +37,16 @@ class LayerState(Protocol):
         """Keep `new` [b, W], b >= 0, as entries start .. start + b - 1 and return all entries before start + b."""
 
 
+class Cache(Protocol):
+    """The memory of every layer, for the sequences in its slots."""
+
+    def admit(self, tiles: Iterable[Tile]) -> None:
+        """Refuse a call that would go past the cache's end, before any layer has stored a row of it."""
+
+    def layer(self, index: int) -> LayerState:
+        """The memory of layer `index`; the MTP block is the one after the last."""
+
+
 class NoState:
     """Documents that begin at position 0 and end in the same call: nothing to remember, everything differentiable."""
 
@@ -50,7 +60,7 @@ class NoState:
         return new
 
 
-class _Recent:
+class Recent:
     """The last rows of each slot, in position order, in a buffer that slides when it is full."""
 
     def __init__(self, slots: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -58,6 +68,7 @@ class _Recent:
         self.base = [0] * slots
 
     def push(self, tile: Tile, new: Tensor, first: int) -> Tensor:
+        """Keep the rows of the tile's tokens; return positions first .. tile.end - 1. ValueError if they are gone."""
         rows = self.rows[tile.slot]
         if tile.start == 0:
             self.base[tile.slot] = 0
@@ -69,6 +80,17 @@ class _Recent:
         rows[tile.start - base : tile.end - base] = new
         return rows[first - base : tile.end - base]
 
+    def take(self, slot: int, first: int, end: int) -> Tensor:
+        """The rows of positions first .. end - 1, which must still be kept (`base[slot]` is the first that is)."""
+        base = self.base[slot]
+        assert base <= first, f"rows before {base} are no longer kept"
+        return self.rows[slot, first - base : end - base]
+
+    def put(self, slot: int, first: int, rows: Tensor) -> None:
+        """Begin the slot anew with rows [n, W] of the positions from `first` on."""
+        self.base[slot] = first
+        self.rows[slot, : rows.shape[0]] = rows
+
     def _slide(self, tile: Tile) -> None:
         rows, base = self.rows[tile.slot], self.base[tile.slot]
         keep = max(base, tile.start - KEPT_ROWS)
@@ -78,7 +100,7 @@ class _Recent:
 
 class _Layer:
     def __init__(self) -> None:
-        self.recents: dict[str, _Recent] = {}
+        self.recents: dict[str, Recent] = {}
         self.stores: dict[str, Tensor] = {}
 
     def recent(self, name: str, tile: Tile, new: Tensor, first: int) -> Tensor:
@@ -139,5 +161,5 @@ class ContiguousCache:
         shape = (self.slots, self.max_context // ratio, dim)
         layer.stores[name] = torch.empty(shape, dtype=self._numerics.dtype, device=self._device)
 
-    def _recent(self, width: int, dtype: torch.dtype) -> _Recent:
-        return _Recent(self.slots, width, dtype, self._device)
+    def _recent(self, width: int, dtype: torch.dtype) -> Recent:
+        return Recent(self.slots, width, dtype, self._device)

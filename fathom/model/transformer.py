@@ -15,7 +15,7 @@ from fathom.config import ModelConfig
 from fathom.kernels.linear import linear
 from fathom.model.attention import Attention
 from fathom.model.batch import Batch
-from fathom.model.cache import ContiguousCache, LayerState, NoState
+from fathom.model.cache import Cache, LayerState, NoState
 from fathom.model.hyper import HyperParameters, hc_head, hc_post, hc_pre
 from fathom.model.layers import Linear, Numerics, RMSNorm
 from fathom.model.moe import Experts, MoE
@@ -97,7 +97,7 @@ class Transformer(HyperParameters):
         extra = range(depth, depth + config.num_nextn_predict_layers)
         self.mtp = nn.ModuleList(MTPBlock(config, i, self.numerics) for i in extra)
 
-    def forward(self, tokens: Tensor, batch: Batch, cache: ContiguousCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Token ids [T] -> the streams [R, n, D] at the batch's wanted rows, before folding and the final norm.
 
         With a cache, the call goes on where the sequences' slots stand; without, every sequence begins and ends here
@@ -116,7 +116,7 @@ class Transformer(HyperParameters):
         h = hc_head(x_RnD, self.hc_head_fn, self.hc_head_scale, self.hc_head_base, self.config)
         return linear(self.norm(h).float(), self.head.weight.float())
 
-    def draft(self, x_TnD: Tensor, following: Tensor, batch: Batch, cache: ContiguousCache | None = None) -> Tensor:
+    def draft(self, x_TnD: Tensor, following: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
         """The MTP block on streams [T, n, D] and the ids [T] of the tokens that follow each: its streams [R, n, D]."""
         block = self._draft_block()
         step = Step(self.config, following, batch, self.numerics.dtype)
