@@ -255,6 +255,16 @@ def test_cancelled_within_one_step(when: str) -> None:
     assert other.finish == FinishReason.LENGTH
 
 
+def test_cancelled_while_a_step_is_computed() -> None:
+    world = make()
+    sequence = world.submit(prompt(300), 5, "a")
+    plan = world.scheduler.plan()
+    world.cancel(sequence)
+    world.scheduler.advance(plan)
+    assert world.scheduler.plan() == Plan(())
+    world.finish()
+
+
 def test_a_cached_beginning_is_not_computed_again() -> None:
     world = make(draw=random.Random(0))
     first = world.submit(prompt(1000), 1, "a")

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from fathom.api import FinishReason, GenerateRequest, SamplingParams
 from fathom.engine.pages import PagePool
@@ -22,7 +23,7 @@ Rows = list[int]
 
 def chain(namespace: str, ids: list[int]) -> Rows:
     """For every position the hash of the namespace and all ids up to it: what a model's row there depends on."""
-    last, rows = hash(namespace), []
+    last, rows = crc32(namespace.encode()), []
     for i in ids:
         last = hash((last, i))
         rows.append(last)
@@ -137,6 +138,7 @@ class Watch:
     sequence: Sequence
     rows: Rows
     next: int | None = None
+    cached: int | None = None
     skipped: int = 0
     ahead: int = 0
     overtaken: Counter[str] = field(default_factory=Counter)
@@ -298,12 +300,14 @@ class World:
             assert s.slot is not None and s in self.scheduler.running
             self.watches[s].next = s.at
             assert s.at % self.memory.page == 0 and s.at < len(s.ids)
+            if self.watches[s].cached is None:
+                self.watches[s].cached = s.at
+            assert s.cached == self.watches[s].cached, "what the first life found, and no later one"
             if s in self.parked:
                 assert s is min(self.parked, key=lambda p: p.id)
                 self.parked.remove(s)
                 continue
             assert not self.parked, "a new sequence overtook one that was pre-empted"
-            assert s.cached == s.at
             self.check_turn(s)
         assert self.scheduler.running or not self.live, "the pool is free, and nobody was admitted"
 
