@@ -73,7 +73,7 @@ class Dealer:
         """
         lines = self._lines(sequences)
         ends: dict[Sequence, int] = {}
-        while namespace := next((n for n in self._turns if lines.get(n)), None):
+        while (namespace := next((n for n in self._turns if lines.get(n)), None)) is not None:
             sequence = lines[namespace][0]
             start = ends.get(sequence, sequence.at)
             end = min(start - start % PAGE + PAGE, len(sequence.ids))
