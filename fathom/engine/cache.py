@@ -180,6 +180,8 @@ class PagedCache:
     @torch.inference_mode()
     def blocks(self, pages: Sequence[int]) -> list[bytes]:
         """The stored form of full pages, `block_bytes` each."""
+        if not pages:
+            return []
         index = self._index(pages)
         rows = [(form, torch.cat([s.rows[index] for s in stores], 1)) for form, stores in self._planes]
         planes = [form.pack(r.flatten(0, 1)).view(len(pages), -1) for form, r in rows]
