@@ -19,10 +19,13 @@ def fingerprint(model: Transformer) -> bytes:
     """16 bytes that change with whatever a stored row depends on.
 
     That is the configuration, the weights (a few thousand bytes of each tensor: training changes them all over), the
-    numerics, and the device and library, which round in their own ways. Design, Decisions: isolation.
+    numerics, and what rounds in its own way: the device, the library, and whether a weight is multiplied in packed
+    form. Design, Decisions: isolation.
     """
     device = model.embed.weight.device
     digest = blake2b(repr((ROWS, model.config, model.numerics, _device(device), torch.__version__)).encode())
+    packed = [name for name, module in model.named_modules() if getattr(module, "packed", None)]
+    digest.update(repr(packed).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_sample(tensor))
