@@ -17,7 +17,7 @@ from bisect import insort
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fathom.api import FinishReason
 from fathom.engine.pages import PagePool
@@ -50,7 +50,7 @@ class Prefixes(Protocol):
     def match(self, namespace: str, ids: Items[int]) -> Hit:
         """The furthest resume point below the last id. Changes nothing."""
 
-    def restore(self, hit: Hit, pages: Items[int], slot: int) -> bool:
+    def restore(self, hit: Any, pages: Items[int], slot: int) -> bool:
         """Put the state into `slot` and the blocks that no page held into their `pages`.
 
         False if something could not be read; it is not offered again.

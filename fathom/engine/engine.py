@@ -1,0 +1,192 @@
+"""The engine's core, for one thread: requests in, a step at a time, events out through each request's sink."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fathom.api import Event, FinishReason, GenerateRequest, Status
+from fathom.engine.cache import PagedCache
+from fathom.engine.disk import Disk
+from fathom.engine.fingerprint import fingerprint
+from fathom.engine.pages import PagePool
+from fathom.engine.prefix import PrefixCache
+from fathom.engine.request import PAGE, Sequence
+from fathom.engine.runner import Runner
+from fathom.engine.sampler import Sampler, choose
+from fathom.engine.scheduler import Piece, Plan, Scheduler
+from fathom.errors import ConfigError, ContextError, FathomError, PromptError
+from fathom.model.transformer import Transformer
+
+_log = logging.getLogger("fathom.engine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What an engine may hold. device, host, disk: bytes of its cache's tiers; folder: where the disk tier is, if any.
+
+    slots: sequences at once; prefill: most prompt tokens of a step. Raises ConfigError for what cannot be.
+    """
+
+    device: int = 512 << 20
+    host: int = 512 << 20
+    disk: int = 4 << 30
+    folder: Path | None = None
+    slots: int = 32
+    prefill: int = 512
+
+    def __post_init__(self) -> None:
+        for name, least in (("device", 1), ("host", 0), ("disk", 1), ("slots", 1), ("prefill", PAGE)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} {getattr(self, name)} is too small: it must be at least {least}")
+
+
+class Core:
+    """A model with its cache, its queue and its samplers.
+
+    max_context: the most tokens of a prompt and its answer; None is what the model was made for; at most what the cache
+    holds.
+    """
+
+    def __init__(self, model: Transformer, max_context: int | None = None, memory: Memory | None = None) -> None:
+        memory, config = memory or Memory(), model.config
+        longest = config.max_position_embeddings
+        if max_context is not None and not 1 <= max_context <= longest:
+            raise ConfigError(f"a context of {max_context} tokens is out of range: this model has from 1 to {longest}")
+        device = model.embed.weight.device
+        pages = _pages(model, memory.device, max_context or longest)
+        self.cache = PagedCache(config, model.numerics, memory.slots, pages, device)
+        pool, mark = PagePool(pages), fingerprint(model)
+        disk = Disk(memory.folder, mark, memory.disk) if memory.folder else None
+        self.prefix = PrefixCache(pool, self.cache, mark, memory.host, disk)
+        self.scheduler = Scheduler(pool, memory.slots, memory.prefill, self.prefix, self._leaving)
+        self.context = min(max_context or longest, self.scheduler.capacity)
+        self.vocabulary, self._eos = config.vocab_size, config.eos_token_id
+        self._runner = Runner(model, self.cache)
+        self._samplers: dict[Sequence, Sampler] = {}
+
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse what cannot be computed. Raises PromptError, ContextError. Any thread."""
+        ids = request.prompt_ids
+        if not ids:
+            raise PromptError("the prompt is empty: it needs at least one token")
+        if min(ids) < 0 or max(ids) >= self.vocabulary:
+            n, i = next((n, i) for n, i in enumerate(ids) if not 0 <= i < self.vocabulary)
+            known = f"this model has ids from 0 to {self.vocabulary - 1}"
+            raise PromptError(f"token id {i} at place {n} is out of range: {known}")
+        if len(ids) >= self.context:
+            limit = f"the prompt has {len(ids)} tokens, but the context holds {self.context} with the answer"
+            raise ContextError(f"{limit}: shorten it, or allow a longer context")
+
+    def add(self, request: GenerateRequest, sink: Callable[[Event], None]) -> Sequence:
+        """Queue a request that was checked."""
+        sequence = Sequence.open(request, self.context, sink)
+        self._samplers[sequence] = Sampler(request.params, request.guide)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End it now."""
+        if self.scheduler.cancel(sequence):
+            self._end(sequence)
+
+    def step(self) -> bool:
+        """Compute one step; False if there was nothing to compute."""
+        plan = self.scheduler.plan()
+        if not plan.pieces:
+            return False
+        try:
+            logits_SV = self._runner.run(plan)
+        except Exception as error:
+            self._fail(plan, error)
+            return True
+        self.scheduler.advance(plan)
+        self._keep(plan)
+        self._sample([p for p in plan.pieces if p.samples], logits_SV)
+        return True
+
+    def status(self) -> Status:
+        """How it is. Any thread."""
+        waiting, running = self.scheduler.waiting, len(self.scheduler.running)
+        return Status(waiting=waiting, running=running, tiers=self.prefix.tiers, notes=self.prefix.notes)
+
+    def close(self) -> None:
+        """End all that runs or waits, save the cache."""
+        for sequence in list(self._samplers):
+            self.cancel(sequence)
+        self.prefix.close()
+
+    def _sample(self, pieces: list[Piece], logits_SV: Tensor) -> None:
+        for piece, row in zip(pieces, logits_SV, strict=True):
+            sequence = piece.sequence
+            try:
+                token, logprob = choose(row, self._samplers[sequence])
+            except Exception as error:  # a guide is somebody else's code: its fault ends its own request only
+                self._break(sequence, error)
+                continue
+            if token == self._eos or token in sequence.request.params.stop_ids:
+                self._finish(sequence, FinishReason.STOP)
+                continue
+            full = sequence.append(token)
+            self._tell(sequence, Event(token=token, logprob=logprob))
+            if full:
+                self._finish(sequence, FinishReason.LENGTH)
+
+    def _keep(self, plan: Plan) -> None:
+        """Save the resume points that the step has reached."""
+        for piece in plan.pieces:
+            if piece.sequence.resumable(piece.end):
+                self._save(piece.sequence, piece.end)
+
+    def _leaving(self, sequence: Sequence) -> None:
+        """The last whole block of what a sequence computed is where its next turn goes on."""
+        if sequence.finish is not FinishReason.ERROR:
+            self._save(sequence, sequence.at - sequence.at % PAGE)
+
+    def _save(self, sequence: Sequence, at: int) -> None:
+        assert sequence.slot is not None
+        self.prefix.save(sequence.namespace, sequence.ids, at, sequence.pages, sequence.slot)
+
+    def _fail(self, plan: Plan, error: Exception) -> None:
+        """A step that broke ends the requests in it; the others go on."""
+        for piece in plan.pieces:
+            if piece.sequence.finish is None:
+                self._break(piece.sequence, error)
+
+    def _break(self, sequence: Sequence, error: Exception) -> None:
+        if not isinstance(error, FathomError):
+            _log.error("a request ended by an error", exc_info=error)
+        self.scheduler.finish(sequence, FinishReason.ERROR)
+        self._end(sequence, _line(error))
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.scheduler.finish(sequence, reason)
+        self._end(sequence)
+
+    def _end(self, sequence: Sequence, error: str | None = None) -> None:
+        del self._samplers[sequence]
+        self._tell(sequence, Event(finish=sequence.finish, usage=sequence.usage, error=error))
+
+    def _tell(self, sequence: Sequence, event: Event) -> None:
+        try:
+            sequence.sink(event)
+        except Exception as error:  # whoever listens must not stop the others
+            _log.error("a sink refused an event", exc_info=error)
+
+
+def _pages(model: Transformer, budget: int, context: int) -> int:
+    """Pages that fit the budget, and not more than any use: 64 sequences of the whole context."""
+    page = PagedCache(model.config, model.numerics, 1, 1, model.embed.weight.device).page_bytes
+    return max(1, min(budget // max(page, 1), 64 * -(-context // PAGE)))
+
+
+def _line(error: Exception) -> str:
+    text = str(error).split("\n")[0] or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {text}; lower --max-seqs, --kv-gb or --max-context"
+    return text if isinstance(error, FathomError) else f"internal error: {text}"
