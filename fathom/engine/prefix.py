@@ -171,7 +171,7 @@ class PrefixCache:
             self.disk.close()
 
     def _seed(self, namespace: str) -> bytes:
-        return blake2b(self._fingerprint + namespace.encode(), digest_size=_KEY).digest()
+        return blake2b(self._fingerprint + namespace.encode("utf-8", "surrogatepass"), digest_size=_KEY).digest()
 
     def _has(self, key: bytes) -> bool:
         return key in self._device or key in self.host.entries or (self.disk is not None and self.disk.has(key))

@@ -90,6 +90,7 @@ def test_namespaces_and_models_share_nothing(model: Transformer, tmp_path: Path)
     machine = Machine(model, tmp_path)
     ask(machine, ids(300), "alice")
     assert ask(machine, ids(300), "bob") == 0 and ask(machine, ids(300), "alice") == 256
+    assert ask(machine, ids(300), "half a pair: \ud83d") == 0
     machine.prefix.close()
     other = Machine(tiny(4), tmp_path)
     assert ask(other, ids(300), "alice") == 0
