@@ -16,7 +16,7 @@ from fathom.config import ModelConfig
 from fathom.errors import CheckpointError
 from fathom.kernels.quant import WEIGHT_BLOCK
 from fathom.model.layers import Linear, Numerics
-from fathom.model.moe import Experts
+from fathom.model.moe import Experts, Gate
 from fathom.model.transformer import Transformer
 
 
@@ -141,7 +141,7 @@ def _assign(module: nn.Module, name: str, value: Tensor) -> None:
 
 def _widen(module: nn.Module, dtype: torch.dtype) -> None:
     """What `Transformer.densify` does, for one module, so that no more than one is in memory twice."""
-    if isinstance(module, Linear | Experts):
+    if isinstance(module, Linear | Experts | Gate):
         module.densify(dtype)
     if dtype == torch.float32:
         for parameter in module.parameters(recurse=False):

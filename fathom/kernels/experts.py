@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fathom.kernels.elementwise import silu
 from fathom.kernels.linear import linear
+from fathom.kernels.packed import Packed
 from fathom.kernels.quant import WEIGHT_BLOCK, fp8_sim
 
 
@@ -20,9 +21,9 @@ def experts(
     x: Tensor,
     chosen: Tensor,
     weights: Tensor,
-    w13: Tensor,
+    w13: Tensor | list[Packed],
     s13: Tensor | None,
-    w2: Tensor,
+    w2: Tensor | list[Packed],
     s2: Tensor | None,
     limit: float,
     quantize: bool,
@@ -33,7 +34,7 @@ def experts(
     w13 [E, 2I, D] with the gate rows first, w2 [E, D, I], both in any stored form with scales s13, s2.
     Returns float32 [T, D]. A token's experts are summed in the order of `chosen`, whatever else is in the batch.
     """
-    order, counts = _by_expert(chosen, w13.shape[0])
+    order, counts = _by_expert(chosen, len(w13))
     gate_up = _grouped(x[order // chosen.shape[1]], counts, w13, s13)
     hidden = swiglu(gate_up.float(), limit) * weights.flatten()[order].unsqueeze(-1)
     hidden = fp8_sim(hidden, WEIGHT_BLOCK) if quantize else hidden
@@ -41,7 +42,7 @@ def experts(
     return out[order.argsort()].unflatten(0, chosen.shape).sum(1)
 
 
-def _grouped(rows: Tensor, counts: list[int], weight: Tensor, scale: Tensor | None) -> Tensor:
+def _grouped(rows: Tensor, counts: list[int], weight: Tensor | list[Packed], scale: Tensor | None) -> Tensor:
     """Each group of `counts[e]` rows times the weight of expert e, end to end."""
     groups = [(e, part) for e, part in enumerate(rows.split(counts)) if part.shape[0]]
     return torch.cat([linear(part, weight[e], None if scale is None else scale[e]) for e, part in groups])

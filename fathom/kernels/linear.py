@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fathom.kernels.packed import Packed
 from fathom.kernels.quant import dequantize
 
 # BLAS picks another reduction order below four rows and for odd remainders. Padding the rows makes the result of a row
@@ -24,8 +25,10 @@ def pad_rows(x: Tensor) -> Tensor:
     return torch.cat((x, x[-1:].expand(missing, -1))) if x.shape[0] > 1 else x.expand(_ROW_MULTIPLE, -1)
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """x [T, K] times weight [N, K] (float, or FP8 / FP4 [N, K/2] with `scale`) -> [T, N] in the dtype of `x`."""
+def linear(x: Tensor, weight: Tensor | Packed, scale: Tensor | None = None) -> Tensor:
+    """x [T, K] times weight [N, K] (float, packed, FP8, or FP4 [N, K/2]; these two with `scale`) -> [T, N]."""
+    if isinstance(weight, Packed):
+        return weight(x)
     if scale is not None:
         weight = dequantize(weight, scale).to(x.dtype)
     elif weight.dtype != x.dtype:
@@ -35,8 +38,10 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     return out if padded is x else out[: x.shape[0]]
 
 
-def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor | list[Packed], scale: Tensor | None = None) -> Tensor:
     """x [T, G, K] times weight [G * N, K], group g of x with rows g*N..(g+1)*N of the weight -> [T, G * N]."""
+    if isinstance(weight, list):
+        return torch.cat([packed(part) for packed, part in zip(weight, x.unbind(1), strict=True)], -1)
     if scale is not None:
         weight = dequantize(weight, scale)
     groups = weight.to(x.dtype).unflatten(0, (x.shape[1], -1))

@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.wkv = Linear(config.hidden_size, config.head_dim)
         self.kv_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.attn_sink = nn.Parameter(torch.zeros(config.num_attention_heads))
-        self.wo_a = GroupedLinear(wide // config.o_groups, config.o_groups * config.o_lora_rank)
+        self.wo_a = GroupedLinear(wide // config.o_groups, config.o_groups * config.o_lora_rank, config.o_groups)
         self.wo_b = Linear(config.o_groups * config.o_lora_rank, config.hidden_size)
         if ratio:
             self.compressor = Compressor(config, ratio, config.head_dim, "compressor")

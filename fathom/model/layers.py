@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from fathom.kernels import quant
 from fathom.kernels.linear import grouped_linear, linear
 from fathom.kernels.norm import normalised
+from fathom.kernels.packed import Packed, pack, pack_all
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,17 @@ class Numerics:
         return quant.fp4_sim(quant.hadamard(x)) if self.quantize else x
 
 
-class Linear(nn.Module):
+class Packable(nn.Module):
+    """A module with copies of its weights for faster inference in `packed`, once it was densified to float32."""
+
+    packed: Any = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.packed = None  # the weights are about to change their dtype or device
+        return super()._apply(fn, recurse)
+
+
+class Linear(Packable):
     """y = W x without bias; W [out, in] in float, or as stored in FP8 with `scale` [ceil(out/128), ceil(in/128)]."""
 
     scale: nn.Parameter | None
@@ -49,23 +61,37 @@ class Linear(nn.Module):
         """Replace the weight by a stored form of it, which no longer takes gradients."""
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+        self.packed = None
 
     def densify(self, dtype: torch.dtype) -> None:
-        """Replace an FP8 weight by its exact values in `dtype`; a float weight stays as it is stored."""
+        """Replace an FP8 weight by its exact values in `dtype`, any by float32, packed where that is possible."""
         if self.scale is not None:
             self.store(quant.dequantize(self.weight, self.scale).to(dtype))
+        if dtype == torch.float32:
+            self.store(self.weight.detach().float())
+            self.packed = self._pack()
+
+    def _pack(self) -> Packed | list[Packed] | None:
+        return pack(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out] in the dtype of x."""
-        return linear(x, self.weight, self.scale)
+        return linear(x, self.packed or self.weight, self.scale)
 
 
 class GroupedLinear(Linear):
     """`groups` linears side by side: the rows of W are cut into groups, each with its own slice of the input."""
 
+    def __init__(self, in_features: int, out_features: int, groups: int) -> None:
+        super().__init__(in_features, out_features)
+        self.groups = groups
+
+    def _pack(self) -> list[Packed] | None:
+        return pack_all(self.weight.unflatten(0, (self.groups, -1)))
+
     def forward(self, x: Tensor) -> Tensor:
         """[T, groups, in] -> [T, groups * out / groups], flattened as W's rows are."""
-        return grouped_linear(x, self.weight, self.scale)
+        return grouped_linear(x, self.packed or self.weight, self.scale)
 
 
 class RMSNorm(nn.Module):

@@ -9,11 +9,12 @@ from fathom.config import ModelConfig
 from fathom.kernels.elementwise import softplus
 from fathom.kernels.experts import experts, swiglu
 from fathom.kernels.linear import linear
+from fathom.kernels.packed import pack, pack_all
 from fathom.kernels.quant import dequantize
-from fathom.model.layers import Linear, Numerics
+from fathom.model.layers import Linear, Numerics, Packable
 
 
-class Gate(nn.Module):
+class Gate(Packable):
     """Chooses `num_experts_per_tok` experts for each token and weighs them."""
 
     tid2eid: Tensor
@@ -31,12 +32,16 @@ class Gate(nn.Module):
             self.register_buffer("bias", torch.zeros(config.n_routed_experts))
         self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
 
+    def densify(self, dtype: torch.dtype) -> None:
+        """Pack the weight where that is possible: scores are computed in float32 whatever `dtype` is."""
+        self.packed = pack(self.weight.float())
+
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D], tokens [T] -> expert ids [T, k] and their float32 weights [T, k].
 
         The bias moves the choice only; the weights are the unbiased scores, which sum to `routed_scaling_factor`.
         """
-        scores = softplus(linear(x.float(), self.weight.float())).sqrt()
+        scores = softplus(linear(x.float(), self.packed or self.weight.float())).sqrt()
         if self.by_hash:
             chosen = self.tid2eid[tokens]
         else:
@@ -47,7 +52,7 @@ class Gate(nn.Module):
         return chosen, weights / weights.sum(-1, keepdim=True) * self.config.routed_scaling_factor
 
 
-class Experts(nn.Module):
+class Experts(Packable):
     """The routed experts, stacked: w13 [E, 2I, D] (gate rows, then up rows) and w2 [E, D, I], in any stored form."""
 
     w13_scale: nn.Parameter | None
@@ -67,17 +72,22 @@ class Experts(nn.Module):
         self.w13, self.w2 = nn.Parameter(w13, requires_grad=False), nn.Parameter(w2, requires_grad=False)
         self.w13_scale = None if s13 is None else nn.Parameter(s13, requires_grad=False)
         self.w2_scale = None if s2 is None else nn.Parameter(s2, requires_grad=False)
+        self.packed = None
 
     def densify(self, dtype: torch.dtype) -> None:
-        """Replace FP4 or FP8 weights by their exact values in `dtype`."""
-        if self.w13_scale is not None:
+        """Replace FP4 or FP8 weights, and any by float32, by their exact values; float32 is packed where possible."""
+        if self.w13_scale is not None or dtype == torch.float32:
             w13, w2 = dequantize(self.w13, self.w13_scale), dequantize(self.w2, self.w2_scale)
             self.store(w13.to(dtype), None, w2.to(dtype), None)
+        if dtype == torch.float32:
+            packed = pack_all(self.w13), pack_all(self.w2)
+            self.packed = None if None in packed else packed
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x [T, D] -> float32 [T, D], the weighted sum of each token's experts."""
+        w13, w2 = self.packed or (self.w13, self.w2)
         scales = self.w13_scale, self.w2_scale
-        return experts(x, chosen, weights, self.w13, scales[0], self.w2, scales[1], self.limit, self.numerics.quantize)
+        return experts(x, chosen, weights, w13, scales[0], w2, scales[1], self.limit, self.numerics.quantize)
 
 
 class SharedExpert(nn.Module):

@@ -18,7 +18,7 @@ from fathom.model.batch import Batch
 from fathom.model.cache import Cache, LayerState, NoState
 from fathom.model.hyper import HyperParameters, hc_head, hc_post, hc_pre
 from fathom.model.layers import Linear, Numerics, RMSNorm
-from fathom.model.moe import Experts, MoE
+from fathom.model.moe import Experts, Gate, MoE
 from fathom.model.step import Step
 
 
@@ -114,7 +114,7 @@ class Transformer(HyperParameters):
     def logits(self, x_RnD: Tensor) -> Tensor:
         """Streams [R, n, D] -> float32 logits [R, V]."""
         h = hc_head(x_RnD, self.hc_head_fn, self.hc_head_scale, self.hc_head_base, self.config)
-        return linear(self.norm(h).float(), self.head.weight.float())
+        return self._scores(self.norm(h))
 
     def draft(self, x_TnD: Tensor, following: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
         """The MTP block on streams [T, n, D] and the ids [T] of the tokens that follow each: its streams [R, n, D]."""
@@ -128,12 +128,13 @@ class Transformer(HyperParameters):
         """The MTP block's streams [R, n, D] -> float32 logits [R, V]; embedding and head are shared with the model."""
         block = self._draft_block()
         h = hc_head(x_RnD, block.hc_head_fn, block.hc_head_scale, block.hc_head_base, self.config)
-        return linear(block.norm(h).float(), self.head.weight.float())
+        return self._scores(block.norm(h))
 
     def densify(self, dtype: torch.dtype | None = None) -> None:
         """Replace every FP8 and FP4 weight by its exact values in `dtype` (the compute dtype): faster on a CPU.
 
-        In float32, BF16 weights are widened as well, which is exact and saves a cast a call.
+        In float32, BF16 weights are widened as well, which is exact and saves a cast a call, and weights are packed
+        (`kernels.packed`), which is exact too. The model must not be trained afterwards.
         """
         dtype = dtype or self.numerics.dtype
         for part in _stored_parts(self.modules()):
@@ -141,6 +142,9 @@ class Transformer(HyperParameters):
         if dtype == torch.float32:
             for parameter in self.parameters():
                 parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
+
+    def _scores(self, h: Tensor) -> Tensor:
+        return linear(h.float(), self.head.packed or self.head.weight.float())
 
     def _draft_block(self) -> MTPBlock:
         block = self.mtp[0]
@@ -151,5 +155,5 @@ class Transformer(HyperParameters):
         return self.embed(tokens).to(self.numerics.dtype)
 
 
-def _stored_parts(modules: Iterable[nn.Module]) -> Iterable[Linear | Experts]:
-    return (m for m in modules if isinstance(m, Linear | Experts))
+def _stored_parts(modules: Iterable[nn.Module]) -> Iterable[Linear | Experts | Gate]:
+    return (m for m in modules if isinstance(m, Linear | Experts | Gate))

@@ -56,17 +56,21 @@ def table(say: Callable[[str], None]) -> Iterator[None]:
     total = sum(n for n, _ in _compared.values())
     say(f"invariance: {total} replays of {len(PROMPTS)} prompts x random splits, all rows torch.equal:")
     for name, (replays, rows) in _compared.items():
-        say(f"  {name:32} {replays:4} replays, {rows:6} rows")
+        say(f"  {name:42} {replays:4} replays, {rows:6} rows")
     say("prefill against decode, worst relative difference; same greedy token where the margin exceeds it:")
     for name, (worst, same, sure) in _across.items():
-        say(f"  {name:32} {worst:.1e}; {same} of {sure}")
+        say(f"  {name:42} {worst:.1e}; {same} of {sure}")
 
 
-def build(shape: str, numerics: Numerics) -> Transformer:
+def build(shape: str, numerics: Numerics, dense: bool = False) -> Transformer:
     fixed: dict[str, Any] = {"compress_ratios": [4, 128, 0, 0], "num_hidden_layers": 3, "num_hash_layers": 1}
     fixed |= {"index_topk": 8, "index_n_heads": 32, "n_routed_experts": 8, "num_experts_per_tok": 3, "hc_mult": 4}
     config = oracle.draw_config(11, **fixed, **SHAPES[shape])
     model = oracle.our_model(config, oracle.draw_weights(config, 11), numerics)
+    if dense:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+        model.densify()
     return model if numerics.dtype == torch.float32 else model.to(torch.bfloat16)
 
 
@@ -133,23 +137,27 @@ class Replay:
 
 
 SETTINGS = [
-    ("odd", Numerics()),
-    ("small", Numerics()),
-    ("small", Numerics(quantize=True)),
-    ("wide", Numerics()),
-    ("small", Numerics(torch.bfloat16, quantize=True)),
+    ("odd", Numerics(), False),
+    ("odd", Numerics(quantize=True), True),
+    ("small", Numerics(), False),
+    ("small", Numerics(quantize=True), False),
+    ("small", Numerics(quantize=True), True),
+    ("wide", Numerics(), False),
+    ("wide", Numerics(), True),
+    ("small", Numerics(torch.bfloat16, quantize=True), False),
 ]
+"""Shape, numerics, and whether the model is the dense copy, its weights packed, that inference on a CPU uses."""
 
 
-def label(shape: str, numerics: Numerics, threads: int) -> str:
-    dtype = str(numerics.dtype).removeprefix("torch.")
-    return f"{shape}, {dtype}, quantisers {'on' if numerics.quantize else 'off'}, {threads} thr"
+def label(shape: str, numerics: Numerics, dense: bool, threads: int) -> str:
+    dtype, quantised = str(numerics.dtype).removeprefix("torch."), "on" if numerics.quantize else "off"
+    return f"{shape}{', dense' if dense else ''}, {dtype}, quantisers {quantised}, {threads} thr"
 
 
-def replays(shape: str, numerics: Numerics, threads: int) -> list[int]:
+def replays(shape: str, numerics: Numerics, dense: bool, threads: int) -> list[int]:
     """How many replays and rows were compared; an AssertionError names the first that differs."""
     torch.set_num_threads(threads)
-    model = build(shape, numerics)
+    model = build(shape, numerics, dense)
     ids = sequences(model)
     want = [plain(model, one, prompt) for one, prompt in zip(ids, PROMPTS, strict=True)]
     counts = [0, 0]
@@ -174,16 +182,16 @@ def two_threads() -> Iterator[ProcessPoolExecutor]:
             yield pool
 
 
-@pytest.mark.parametrize(("shape", "numerics"), SETTINGS)
-def test_every_replay_is_bit_identical(shape: str, numerics: Numerics) -> None:
-    _compared[label(shape, numerics, 1)] = replays(shape, numerics, 1)
+@pytest.mark.parametrize(("shape", "numerics", "dense"), SETTINGS)
+def test_every_replay_is_bit_identical(shape: str, numerics: Numerics, dense: bool) -> None:
+    _compared[label(shape, numerics, dense, 1)] = replays(shape, numerics, dense, 1)
 
 
-@pytest.mark.parametrize(("shape", "numerics"), SETTINGS)
+@pytest.mark.parametrize(("shape", "numerics", "dense"), SETTINGS)
 def test_every_replay_is_bit_identical_with_two_threads(
-    shape: str, numerics: Numerics, two_threads: ProcessPoolExecutor
+    shape: str, numerics: Numerics, dense: bool, two_threads: ProcessPoolExecutor
 ) -> None:
-    _compared[label(shape, numerics, 2)] = two_threads.submit(replays, shape, numerics, 2).result()
+    _compared[label(shape, numerics, dense, 2)] = two_threads.submit(replays, shape, numerics, dense, 2).result()
 
 
 @torch.inference_mode()
@@ -201,7 +209,7 @@ def test_across_classes_the_tolerance_and_the_greedy_token_hold(numerics: Numeri
         clear = top[:, 0] - top[:, 1] > ACROSS[numerics.quantize] * a.abs().max()
         sure += int(clear.sum())
         same += int((a.argmax(-1) == b.argmax(-1))[clear].sum())
-    _across[label("small", numerics, 1)] = (worst, same, sure)
+    _across[label("small", numerics, False, 1)] = (worst, same, sure)
     assert worst <= ACROSS[numerics.quantize] and same == sure
 
 

@@ -1,0 +1,81 @@
+"""A float32 product that reads its weights as FP16, without rounding one of them. For inference on a CPU.
+
+FP8, FP4 and BF16 weights are FP16 numbers up to one power of two, and FBGEMM, which comes with torch on x86, multiplies
+float32 rows by FP16 weights in float32. A decode step reads half the bytes, and the sum of a row does not depend on how
+many rows are beside it: what takes four padded rows elsewhere (see `linear.pad_rows`) takes one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FEW_ROWS = 64
+"""Up to so many rows are computed by one thread: sharing them out costs more."""
+
+
+class Packed:
+    """W [N, K], to be multiplied by rows [T, K] in float32."""
+
+    def __init__(self, weight: Tensor, shift: int) -> None:
+        self._weight, self._shift, self._back = weight, shift, 2.0**-shift
+        self._tiles = torch.fbgemm_pack_gemm_matrix_fp16(self._shifted())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N], both float32."""
+        if x.shape[0] > _FEW_ROWS and torch.get_num_threads() > 1:
+            out = torch.ops.quantized.linear_dynamic_fp16(x, self._shared)
+        else:
+            out = torch.fbgemm_linear_fp16_weight_fp32_activation(x, self._tiles, None)
+        return out.mul_(self._back) if self._shift else out
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Packed, (self._weight, self._shift)
+
+    @cached_property
+    def _shared(self) -> Any:
+        """The same for the call that shares the rows out to all threads, with the same bits as result."""
+        return torch.ops.quantized.linear_prepack_fp16(self._shifted(), None)
+
+    def _shifted(self) -> Tensor:
+        return self._weight.detach() * 2.0**self._shift
+
+
+def pack(weight: Tensor) -> Packed | None:
+    """`weight` [N, K] float32 in this form; None where its values do not fit exactly, or the machine lacks it."""
+    if weight.device.type != "cpu" or not _available():
+        return None
+    exponent = int(torch.frexp(weight.detach().abs().max()).exponent)
+    for shift in (0, 15 - exponent):
+        shifted = weight.detach() * 2.0**shift
+        if torch.equal(shifted.half().float(), shifted):
+            return Packed(weight, shift)
+    return None
+
+
+def pack_all(weights: Tensor) -> list[Packed] | None:
+    """Each of `weights` [E, N, K], or None if one of them cannot be packed."""
+    packed: list[Packed] = []
+    for weight in weights:
+        one = pack(weight)
+        if one is None:
+            return None
+        packed.append(one)
+    return packed
+
+
+@lru_cache(maxsize=1)
+def _available() -> bool:
+    """Whether this torch can do it. The first call of each function warns that it may go away one day: not news."""
+    one = torch.ones(1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return bool(Packed(one, 0)(one) == one)
+        except (AttributeError, RuntimeError):
+            return False
