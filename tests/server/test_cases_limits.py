@@ -162,7 +162,7 @@ def test_a_slow_reader(site: Site) -> None:
     assert time.monotonic() - begun < 1
     text = b"".join(iter(lambda: slow.recv(65536), b"")).decode()
     slow.close()
-    assert text.count('"content":"word') + text.count('"content":" word') > 100
+    assert text.count("data:") > count
     assert "[DONE]" in text or '"error"' in text
 
 
