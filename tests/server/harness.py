@@ -16,15 +16,17 @@ import uvicorn
 from anthropic import Anthropic
 from openai import OpenAI
 
-from fathom.api import Engine, Event, FinishReason, GenerateRequest, SamplingParams, Status, Ticket, Usage
+from fathom.api import Engine, Event, FinishReason, GenerateRequest, SamplingParams, Status, Ticket
 from fathom.encoding.codec import Codec
-from fathom.engine.stub import ScriptedEngine
+from fathom.engine.stub import Script, ScriptedEngine
 from fathom.server.app import create_app
 
 MODEL = "deepseek-v4-flash"
 
 PREFIXES = ("", "/v1", "/beta", "/anthropic", "/anthropic/v1")
 """Base paths that a user may have typed; every endpoint is served under each."""
+
+BROKEN = "the engine broke down"
 
 OFF = {"thinking": {"type": "disabled"}}
 
@@ -55,17 +57,6 @@ class Relay:
         self.inner.close()
 
 
-class Faulty(Relay):
-    """An engine that says two tokens and then fails."""
-
-    def submit(self, request: GenerateRequest, sink: Callable[[Event], None]) -> Ticket:
-        ticket = self.inner.submit(request, lambda event: None)
-        ticket.cancel()
-        error = Event(finish=FinishReason.ERROR, usage=Usage(len(request.prompt_ids), 2), error="the engine broke down")
-        threading.Timer(0.05, lambda: [sink(e) for e in (Event(token=100), Event(token=101), error)]).start()
-        return ticket
-
-
 @dataclass(eq=False)
 class Site:
     """A running server: `url` is its root; `relay` the engine behind it."""
@@ -80,9 +71,9 @@ class Site:
         added = "|".join(map(re.escape, self.codec.tokenizer.added))
         return self.codec.tokenizer.splice(text, [m.span() for m in re.finditer(added, text)])
 
-    def script(self, *answers: str | list[int], **options: Any) -> ScriptedEngine:
+    def script(self, *answers: str | list[int] | Script, **options: Any) -> ScriptedEngine:
         """From now on the engine says these, in turn; the last one again and again."""
-        ids = [a if isinstance(a, list) else self.ids(a) for a in answers]
+        ids = [self.ids(a) if isinstance(a, str) else a for a in answers]
         self.relay.inner = stub = ScriptedEngine(ids, **options)
         return stub
 
@@ -92,6 +83,10 @@ class Site:
 
     def prompt_text(self, place: int = -1) -> str:
         return self.codec.tokenizer.decode(self.prompt(place))
+
+    def break_down(self) -> None:
+        """From now on the engine says two tokens and then fails."""
+        self.script(Script(self.ids("So")[:2], FinishReason.ERROR, BROKEN))
 
     def openai(self, base: str = "/v1", **options: Any) -> OpenAI:
         return OpenAI(base_url=self.url + base, api_key="none", **{"max_retries": 0, **options})

@@ -12,7 +12,7 @@ import anthropic
 import httpx
 import pytest
 
-from tests.server.harness import MODEL, PARIS, ROME, T1_MESSAGES, Faulty, Site, block, eventually, leaks, user
+from tests.server.harness import BROKEN, MODEL, PARIS, ROME, T1_MESSAGES, Site, block, eventually, leaks, user
 
 SAID = "Let me see.</think>It is four."
 CALLED = "Look it up.</think>One moment." + block(PARIS)
@@ -254,15 +254,14 @@ def post(site: Site) -> int:
 
 
 def test_case_80_a_fault_within_a_stream(site: Site) -> None:
-    site.script("x")
-    site.relay.inner = Faulty(site.relay.inner)
+    site.break_down()
     with pytest.raises(anthropic.APIStatusError) as broken:
         events(site)
-    assert "the engine broke down" in str(broken.value)
+    assert BROKEN in str(broken.value)
     raw = site.messages(stream=True).text
     assert raw.count("event: error\n") == 1 and "message_stop" not in raw
     whole = site.messages()
-    assert "the engine broke down" in whole.text and "error" in whole.json()
+    assert BROKEN in whole.text and "error" in whole.json()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openai import APIError, BadRequestError
 
-from tests.server.harness import MODEL, PARIS, T1_RESPONSES, Faulty, Site, block, data_lines, invoke, leaks
+from tests.server.harness import BROKEN, MODEL, PARIS, T1_RESPONSES, Site, block, data_lines, invoke, leaks
 
 SAID = "Let me see.</think>It is four."
 CALLED = "Look it up.</think>One moment." + block(PARIS)
@@ -136,12 +136,11 @@ def test_case_90_a_schema(real: Site) -> None:
 
 
 def test_a_fault_within_a_stream(site: Site) -> None:
-    site.script("x")
-    site.relay.inner = Faulty(site.relay.inner)
+    site.break_down()
     try:
         found = list(create(site, stream=True))
     except APIError as broken:
-        assert "the engine broke down" in str(broken)
+        assert BROKEN in str(broken)
     else:
         assert found[-1].type in ("response.failed", "error")
-        assert "the engine broke down" in found[-1].model_dump_json()
+        assert BROKEN in found[-1].model_dump_json()

@@ -65,18 +65,24 @@ TOOL = {
     },
 }
 
-CLIENTS = {"litellm": ("litellm", LITELLM), "langchain": ("langchain-openai", LANGCHAIN), "llm": ("llm", LLM_TOOL)}
+CLIENTS = {
+    "litellm": (["litellm", "mcp"], LITELLM),
+    "langchain": (["langchain-openai"], LANGCHAIN),
+    "llm": (["llm"], LLM_TOOL),
+}
+"""What to install, and a program that asks for an answer, a stream and a call, and prints what it saw."""
 
 
 @pytest.mark.parametrize("name", CLIENTS)
 def test_a_client_talks_streams_and_calls(site: Site, tmp_path: Path, name: str) -> None:
-    package, program = CLIENTS[name]
+    packages, program = CLIENTS[name]
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", package], check=True, timeout=600)
+    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, timeout=600)
     called = "Look it up.</think>" + block(PARIS)
     site.script("Let me see.</think>It is four.", "Let me see.</think>It is four.", called)
     home = {"SITE": site.url, "TOOL": json.dumps(TOOL), "LLM_USER_PATH": str(tmp_path / "llm")}
+    home |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     done = subprocess.run(
         [python, "-c", program], env=os.environ | home, capture_output=True, text=True, timeout=120, check=False
     )
