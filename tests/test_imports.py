@@ -36,7 +36,9 @@ ARROWS: dict[str, set[str]] = {
 """The rooms that a room may import besides the waist and itself. `cli` may import anything, inside functions."""
 
 WITHOUT_TORCH = ("api", "errors", "config", "accounting", "encoding", "skills", "server", "evals")
-WITHOUT_TORCH_FILES = tuple(f"engine/{name}.py" for name in ("request", "pages", "turns", "scheduler", "stream", "stub"))
+WITHOUT_TORCH_FILES = tuple(
+    f"engine/{name}.py" for name in ("request", "pages", "turns", "scheduler", "stream", "stub")
+)
 
 LEAN = ("model", "kernels", "checkpoint", "parallel", "engine", "train")
 LEAN_LIBRARIES = {"torch", "numpy", "safetensors", "tokenizers", "typer", "rich", "triton"}
