@@ -15,6 +15,7 @@ from fathom.checkpoint.reader import Meter, Progress, Reader
 from fathom.config import ModelConfig
 from fathom.errors import CheckpointError
 from fathom.kernels.quant import WEIGHT_BLOCK
+from fathom.model.hyper import HyperParameters
 from fathom.model.layers import Linear, Numerics
 from fathom.model.moe import Experts, Gate
 from fathom.model.transformer import Transformer
@@ -143,6 +144,8 @@ def _widen(module: nn.Module, dtype: torch.dtype) -> None:
     """What `Transformer.densify` does, for one module, so that no more than one is in memory twice."""
     if isinstance(module, Linear | Experts | Gate):
         module.densify(dtype)
+    elif isinstance(module, HyperParameters):
+        module.pack_mixing()
     if dtype == torch.float32:
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data

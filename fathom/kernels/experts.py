@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,9 +13,14 @@ from fathom.kernels.quant import WEIGHT_BLOCK, fp8_sim
 
 
 def swiglu(gate_up: Tensor, limit: float) -> Tensor:
-    """silu(min(a, limit)) * clamp(b, -limit, limit) for gate_up = [a, b] [T, 2I] -> [T, I]. Reference 2.10."""
-    gate, up = gate_up.chunk(2, -1)
-    return silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+    """silu(min(a, limit)) * clamp(b, -limit, limit) for float32 gate_up = [a, b] [T, 2I] -> [T, I]. Reference 2.10."""
+    if gate_up.is_cuda or torch.is_grad_enabled():
+        gate, up = gate_up.chunk(2, -1)
+        return silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+    values, top = gate_up.numpy(), np.float32(limit)
+    gate = np.minimum(values[:, : values.shape[1] // 2], top)
+    up = np.minimum(np.maximum(values[:, values.shape[1] // 2 :], -top), top)
+    return torch.from_numpy(gate / (np.exp(-gate) + np.float32(1)) * up)
 
 
 def experts(
@@ -34,21 +40,32 @@ def experts(
     w13 [E, 2I, D] with the gate rows first, w2 [E, D, I], both in any stored form with scales s13, s2.
     Returns float32 [T, D]. A token's experts are summed in the order of `chosen`, whatever else is in the batch.
     """
-    order, counts = _by_expert(chosen, len(w13))
-    gate_up = _grouped(x[order // chosen.shape[1]], counts, w13, s13)
-    hidden = swiglu(gate_up.float(), limit) * weights.flatten()[order].unsqueeze(-1)
+    order, groups = _by_expert(chosen, len(w13))
+    if order is None:
+        rows, shares = x.expand(chosen.shape[1], -1), weights.flatten()
+    else:
+        rows, shares = x[order // chosen.shape[1]], weights.flatten()[order]
+    hidden = swiglu(_grouped(rows, groups, w13, s13).float(), limit) * shares.unsqueeze(-1)
     hidden = fp8_sim(hidden, WEIGHT_BLOCK) if quantize else hidden
-    out = _grouped(hidden.to(x.dtype), counts, w2, s2).float()
-    return out[order.argsort()].unflatten(0, chosen.shape).sum(1)
+    out = _grouped(hidden.to(x.dtype), groups, w2, s2).float()
+    return (out if order is None else out[order.argsort()]).unflatten(0, chosen.shape).sum(1)
 
 
-def _grouped(rows: Tensor, counts: list[int], weight: Tensor | list[Packed], scale: Tensor | None) -> Tensor:
-    """Each group of `counts[e]` rows times the weight of expert e, end to end."""
-    groups = [(e, part) for e, part in enumerate(rows.split(counts)) if part.shape[0]]
-    return torch.cat([linear(part, weight[e], None if scale is None else scale[e]) for e, part in groups])
+def _grouped(
+    rows: Tensor, groups: list[tuple[int, int]], weight: Tensor | list[Packed], scale: Tensor | None
+) -> Tensor:
+    """Each group of rows times the weight of its expert, end to end."""
+    parts = zip(groups, rows.split([count for _, count in groups]), strict=True)
+    return torch.cat([linear(part, weight[e], None if scale is None else scale[e]) for (e, _), part in parts])
 
 
-def _by_expert(chosen: Tensor, n: int) -> tuple[Tensor, list[int]]:
-    """The (token, slot) pairs in expert order, and how many each expert has (on the host: the loop needs them)."""
+def _by_expert(chosen: Tensor, n: int) -> tuple[Tensor | None, list[tuple[int, int]]]:
+    """The (token, slot) pairs in expert order, and which experts have how many (on the host: the loop needs them).
+
+    The pairs of a single token stay as they are: None.
+    """
+    if chosen.shape[0] == 1:
+        return None, [(e, 1) for e in chosen[0].tolist()]
     flat = chosen.flatten()
-    return flat.argsort(stable=True), torch.bincount(flat, minlength=n).tolist()
+    counts = torch.bincount(flat, minlength=n).tolist()
+    return flat.argsort(stable=True), [(e, count) for e, count in enumerate(counts) if count]

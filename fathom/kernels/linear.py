@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fathom.kernels.packed import Packed
+from fathom.kernels.packed import Packed, PackedSum
 from fathom.kernels.quant import dequantize
 
 # BLAS picks another reduction order below four rows and for odd remainders. Padding the rows makes the result of a row
@@ -25,9 +25,9 @@ def pad_rows(x: Tensor) -> Tensor:
     return torch.cat((x, x[-1:].expand(missing, -1))) if x.shape[0] > 1 else x.expand(_ROW_MULTIPLE, -1)
 
 
-def linear(x: Tensor, weight: Tensor | Packed, scale: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Packed | PackedSum, scale: Tensor | None = None) -> Tensor:
     """x [T, K] times weight [N, K] (float, packed, FP8, or FP4 [N, K/2]; these two with `scale`) -> [T, N]."""
-    if isinstance(weight, Packed):
+    if isinstance(weight, Packed | PackedSum):
         return weight(x)
     if scale is not None:
         weight = dequantize(weight, scale).to(x.dtype)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,12 +51,40 @@ def pack(weight: Tensor) -> Packed | None:
     """`weight` [N, K] float32 in this form; None where its values do not fit exactly, or the machine lacks it."""
     if weight.device.type != "cpu" or not _available():
         return None
-    exponent = int(torch.frexp(weight.detach().abs().max()).exponent)
-    for shift in (0, 15 - exponent):
+    for shift in (0, 15 - _exponent(weight)):
         shifted = weight.detach() * 2.0**shift
         if torch.equal(shifted.half().float(), shifted):
             return Packed(weight, shift)
     return None
+
+
+class PackedSum:
+    """W [N, K] in float32 as the sum of three packed matrices, to 2^-40 of its largest value."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.detach()
+        shift = 15 - _exponent(weight)
+        rest, pieces = self._weight * 2.0**shift, []
+        for _ in range(3):
+            pieces.append(rest.half().float())
+            rest = rest - pieces[-1]
+        self._packed = Packed(torch.cat(pieces) * 2.0**-shift, shift)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, K] -> [T, N], both float32."""
+        return torch.from_numpy(np.add.reduce(self._packed(x).numpy().reshape(x.shape[0], 3, -1), 1))
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return PackedSum, (self._weight,)
+
+
+def pack_sum(weight: Tensor) -> PackedSum | None:
+    """A small float32 `weight` [N, K] in this form, where the machine has it: three times the work, but no padding."""
+    return PackedSum(weight) if weight.device.type == "cpu" and _available() else None
+
+
+def _exponent(weight: Tensor) -> int:
+    return int(torch.frexp(weight.detach().abs().max()).exponent)
 
 
 def pack_all(weights: Tensor) -> list[Packed] | None:

@@ -59,9 +59,13 @@ def sinkhorn(logits: Tensor, rounds: int, eps: float) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _summers(n: int, eps: np.float32) -> tuple[Array, Array]:
-    """[n*n + 1, n*n]: a flat matrix followed by a 1, times this, gives every entry its row's (column's) sum + eps."""
-    eye, ones, last = np.eye(n, dtype=np.float32), np.ones((n, n), np.float32), np.full((1, n * n), eps)
-    return np.concatenate((np.kron(eye, ones), last)), np.concatenate((np.kron(ones, eye), last))
+    """[n*n + 1, n*n + 1]: a flat matrix followed by a 1, times this, gives every entry its row's (column's) sum + eps,
+    and the 1 again, so that matrices and sums divide as whole arrays."""
+    eye, ones = np.eye(n, dtype=np.float32), np.ones((n, n), np.float32)
+    sums = np.zeros((2, n * n + 1, n * n + 1), np.float32)
+    sums[:, -1], sums[:, -1, -1] = eps, 1.0
+    sums[0, :-1, :-1], sums[1, :-1, :-1] = np.kron(eye, ones), np.kron(ones, eye)
+    return sums[0], sums[1]
 
 
 def _sinkhorn_numpy(logits: Array, n: int, rounds: int, eps: np.float32) -> Array:
@@ -73,8 +77,8 @@ def _sinkhorn_numpy(logits: Array, n: int, rounds: int, eps: np.float32) -> Arra
     square = square / square.sum(-1, keepdims=True) + eps
     c[:tokens, :-1] = square.reshape(tokens, n * n)
     rows, cols = _summers(n, eps)
-    sums, flat = np.empty((padded, n * n), np.float32), c[:, :-1]
+    sums = np.empty_like(c)
     for summer in (cols, *(rows, cols) * (rounds - 1)):
-        np.dot(c, summer, out=sums)
-        np.divide(flat, sums, out=flat)
-    return np.ascontiguousarray(flat[:tokens])
+        c.dot(summer, sums)
+        np.divide(c, sums, c)
+    return np.ascontiguousarray(c[:tokens, :-1])

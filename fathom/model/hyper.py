@@ -12,17 +12,20 @@ from fathom.config import ModelConfig
 from fathom.kernels.elementwise import sigmoid
 from fathom.kernels.linear import linear
 from fathom.kernels.norm import normalised
+from fathom.kernels.packed import PackedSum, pack_sum
 from fathom.kernels.sinkhorn import mixing
+from fathom.kernels.streams import fold, spread
+from fathom.model.layers import Packable
 
 
-def _projected(x_TnD: Tensor, fn: Tensor, eps: float) -> Tensor:
+def _projected(x_TnD: Tensor, fn: Tensor | PackedSum, eps: float) -> Tensor:
     """The dynamic part of every mixing weight: fn times the RMS-normalised streams, float32 [T, rows of fn]."""
     flat = x_TnD.flatten(1).float()
     return linear(normalised(flat, eps), fn)
 
 
 def hc_pre(
-    x_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, config: ModelConfig
+    x_TnD: Tensor, fn: Tensor | PackedSum, scale: Tensor, base: Tensor, config: ModelConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sublayer's input [T, D], and what `hc_post` needs: post [T, n] and comb [T, n, n]."""
     n, eps = config.hc_mult, config.hc_eps
@@ -32,18 +35,15 @@ def hc_pre(
 
 
 def hc_post(y_TD: Tensor, x_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor) -> Tensor:
-    """X'_j = post_j * y + sum_i comb[i, j] X_i: the sum runs over the first index of comb."""
-    out = post_Tn.unsqueeze(-1) * y_TD.float().unsqueeze(1)
-    for i, row_Tn in enumerate(comb_Tnn.unbind(1)):
-        out = torch.addcmul(out, row_Tn.unsqueeze(-1), x_TnD[:, i : i + 1].float())
-    return out.to(x_TnD.dtype)
+    """The streams after the sublayer's output y: each takes its part of y and of all streams."""
+    return spread(y_TD.float(), x_TnD.float(), post_Tn, comb_Tnn).to(x_TnD.dtype)
 
 
 def _weighted(pre_Tn: Tensor, x_TnD: Tensor) -> Tensor:
-    return (pre_Tn.unsqueeze(-1) * x_TnD.float()).sum(1).to(x_TnD.dtype)
+    return fold(pre_Tn, x_TnD.float()).to(x_TnD.dtype)
 
 
-class HyperParameters(nn.Module):
+class HyperParameters(Packable):
     """Declares `hc_<name>_{fn,base,scale}` on a module, all float32: the names are the checkpoint's."""
 
     def declare(self, name: str, config: ModelConfig, weights: int, scales: int) -> None:
@@ -52,8 +52,18 @@ class HyperParameters(nn.Module):
         self.register_parameter(f"{name}_base", nn.Parameter(torch.zeros(weights)))
         self.register_parameter(f"{name}_scale", nn.Parameter(torch.ones(scales)))
 
+    def pack_mixing(self) -> None:
+        """Pack the module's own mixing weights, which are float32 whatever the model computes in."""
+        own = self.named_parameters(recurse=False)
+        self.packed = {name: pack_sum(parameter) for name, parameter in own if name.endswith("_fn")}
 
-def hc_head(x_TnD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, config: ModelConfig) -> Tensor:
+    def mixing(self, name: str) -> tuple[Tensor | PackedSum, Tensor, Tensor]:
+        """fn, scale and base of the hyper-connection `name`."""
+        fn = self.packed and self.packed[f"{name}_fn"]
+        return fn or getattr(self, f"{name}_fn"), getattr(self, f"{name}_scale"), getattr(self, f"{name}_base")
+
+
+def hc_head(x_TnD: Tensor, fn: Tensor | PackedSum, scale: Tensor, base: Tensor, config: ModelConfig) -> Tensor:
     """The streams folded into one [T, D] for the output head: no Sinkhorn, no factor 2. Reference 2.11."""
     m = _projected(x_TnD, fn, config.rms_norm_eps)
     return _weighted(sigmoid(m * scale + base) + config.hc_eps, x_TnD)

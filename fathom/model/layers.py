@@ -104,7 +104,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> the same shape and dtype."""
-        return (normalised(x.float(), self.eps) * self.weight.float()).to(x.dtype)
+        return normalised(x.float(), self.eps, self.weight.float()).to(x.dtype)
 
 
 def rms(x: Tensor, eps: float) -> Tensor:

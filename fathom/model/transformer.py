@@ -6,8 +6,6 @@ Parameter names are those of the published checkpoints, except that the routed e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -25,13 +23,6 @@ from fathom.model.step import Step
 class Block(HyperParameters):
     """Attention and experts, each wrapped by its own hyper-connection; there is no other residual path."""
 
-    hc_attn_fn: Tensor
-    hc_attn_base: Tensor
-    hc_attn_scale: Tensor
-    hc_ffn_fn: Tensor
-    hc_ffn_base: Tensor
-    hc_ffn_scale: Tensor
-
     def __init__(self, config: ModelConfig, index: int, numerics: Numerics) -> None:
         super().__init__()
         self.config, self.index = config, index
@@ -45,20 +36,16 @@ class Block(HyperParameters):
 
     def forward(self, x_TnD: Tensor, step: Step, state: LayerState) -> Tensor:
         """[T, n, D] -> [T, n, D]."""
-        x, post, comb = hc_pre(x_TnD, self.hc_attn_fn, self.hc_attn_scale, self.hc_attn_base, self.config)
+        x, post, comb = hc_pre(x_TnD, *self.mixing("hc_attn"), self.config)
         y = self.attn(self.attn_norm(x), step, state)
         x_TnD = hc_post(y, x_TnD, post, comb)
-        x, post, comb = hc_pre(x_TnD, self.hc_ffn_fn, self.hc_ffn_scale, self.hc_ffn_base, self.config)
+        x, post, comb = hc_pre(x_TnD, *self.mixing("hc_ffn"), self.config)
         y = self.ffn(self.ffn_norm(x), step.tokens)
         return hc_post(y, x_TnD, post, comb)
 
 
 class MTPBlock(Block):
     """The extra prediction block: from the streams at t and the token at t + 1 it predicts t + 2. Reference 2.12."""
-
-    hc_head_fn: Tensor
-    hc_head_base: Tensor
-    hc_head_scale: Tensor
 
     def __init__(self, config: ModelConfig, index: int, numerics: Numerics) -> None:
         super().__init__(config, index, numerics)
@@ -77,10 +64,6 @@ class MTPBlock(Block):
 
 class Transformer(HyperParameters):
     """The whole model. `numerics` chooses the compute dtype and whether activations are quantised."""
-
-    hc_head_fn: Tensor
-    hc_head_base: Tensor
-    hc_head_scale: Tensor
 
     def __init__(self, config: ModelConfig, numerics: Numerics | None = None) -> None:
         super().__init__()
@@ -113,7 +96,7 @@ class Transformer(HyperParameters):
 
     def logits(self, x_RnD: Tensor) -> Tensor:
         """Streams [R, n, D] -> float32 logits [R, V]."""
-        h = hc_head(x_RnD, self.hc_head_fn, self.hc_head_scale, self.hc_head_base, self.config)
+        h = hc_head(x_RnD, *self.mixing("hc_head"), self.config)
         return self._scores(self.norm(h))
 
     def draft(self, x_TnD: Tensor, following: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
@@ -127,7 +110,7 @@ class Transformer(HyperParameters):
     def draft_logits(self, x_RnD: Tensor) -> Tensor:
         """The MTP block's streams [R, n, D] -> float32 logits [R, V]; embedding and head are shared with the model."""
         block = self._draft_block()
-        h = hc_head(x_RnD, block.hc_head_fn, block.hc_head_scale, block.hc_head_base, self.config)
+        h = hc_head(x_RnD, *block.mixing("hc_head"), self.config)
         return self._scores(block.norm(h))
 
     def densify(self, dtype: torch.dtype | None = None) -> None:
@@ -137,8 +120,11 @@ class Transformer(HyperParameters):
         (`kernels.packed`), which is exact too. The model must not be trained afterwards.
         """
         dtype = dtype or self.numerics.dtype
-        for part in _stored_parts(self.modules()):
-            part.densify(dtype)
+        for module in self.modules():
+            if isinstance(module, Linear | Experts | Gate):
+                module.densify(dtype)
+            elif isinstance(module, HyperParameters):
+                module.pack_mixing()
         if dtype == torch.float32:
             for parameter in self.parameters():
                 parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
@@ -153,7 +139,3 @@ class Transformer(HyperParameters):
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         return self.embed(tokens).to(self.numerics.dtype)
-
-
-def _stored_parts(modules: Iterable[nn.Module]) -> Iterable[Linear | Experts | Gate]:
-    return (m for m in modules if isinstance(m, Linear | Experts | Gate))
