@@ -1,0 +1,111 @@
+"""One request under way: events of the engine in, bytes of an answer out, and its end whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from fathom.api import Engine, Event, FinishReason, Ticket
+from fathom.encoding.exchange import Exchange
+from fathom.errors import RequestError
+from fathom.server.sse import KEEP_ALIVE, Feed, frame_bytes
+
+if TYPE_CHECKING:
+    from fathom.server.app import ServerSettings
+
+
+class Reply:
+    """The answer to one exchange. `begin`, then one of `stream` and `whole`; leaving either early cancels the request."""
+
+    def __init__(self, exchange: Exchange, settings: ServerSettings, identity: str) -> None:
+        self.exchange, self.settings = exchange, settings
+        self.writer = exchange.writer(identity)
+        self._feed = Feed()
+        self._ticket: Ticket | None = None
+        self._begun = time.monotonic()
+        self._started = False
+
+    def begin(self, engine: Engine) -> None:
+        """Give the request to the engine. Raises PromptError, ContextError."""
+        self._ticket = engine.submit(self.exchange.generate(), self._feed.put)
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Server-sent events; comments while nothing comes; an error inside the stream if the engine fails."""
+        try:
+            async for events in self._batches():
+                if not events:
+                    yield KEEP_ALIVE
+                    continue
+                frames = [frame for event in events for frame in await self._written(event)]
+                if frames:
+                    yield b"".join(map(frame_bytes, frames))
+        except RequestError as error:
+            yield b"".join(map(frame_bytes, self.writer.error(error.message)))
+        finally:
+            self._leave()
+
+    async def whole(self) -> bytes:
+        """The whole answer as one JSON body. Raises RequestError if the engine fails."""
+        try:
+            async for events in self._batches():
+                for event in events:
+                    await self._written(event)
+            return self.writer.body().encode()
+        finally:
+            self._leave()
+
+    async def patient(self, task: asyncio.Task[bytes]) -> AsyncIterator[bytes]:
+        """Blank lines until the task, `whole`, is done, then its body; an error then comes as a body as well."""
+        try:
+            while not task.done():
+                yield b"\n"
+                await asyncio.wait([task], timeout=self.settings.keep_alive)
+            try:
+                yield task.result()
+            except RequestError as error:
+                yield error_body(error)
+        finally:
+            task.cancel()
+
+    async def _batches(self) -> AsyncIterator[list[Event]]:
+        """Events as they come, an empty list for each interval without any; ends after the last one."""
+        while True:
+            events = await self._feed.take(self.settings.keep_alive)
+            self._started = self._started or bool(events)
+            if not self._started and time.monotonic() - self._begun > self.settings.start_timeout:
+                limit = f"no token came within {self.settings.start_timeout:.0f} s: the server is too busy"
+                raise RequestError(503, limit, type="server_error", code="overloaded")
+            if self._feed.overflown:
+                raise RequestError(408, "the answer was read too slowly", type="server_error", code="slow_client")
+            yield events
+            if any(event.finish for event in events):
+                return
+
+    async def _written(self, event: Event) -> list[object]:
+        """The event's frames. What comes after a stop string is not shown; the last event comes all the same."""
+        if event.finish is FinishReason.ERROR:
+            raise RequestError(500, event.error or "the engine failed", type="server_error", code="internal_error")
+        if event.finish:
+            # The end recounts a long thinking text: not in the loop.
+            return list(await asyncio.to_thread(self._ended, event))
+        frames = [] if self.writer.stopped else self.writer.push(event)
+        if self.writer.stopped and self._ticket:
+            self._ticket.cancel()
+        return list(frames)
+
+    def _ended(self, event: Event) -> list[object]:
+        return list(self.writer.finish(event))
+
+    def _leave(self) -> None:
+        if self._ticket:
+            self._ticket.cancel()
+
+
+def error_body(error: RequestError) -> bytes:
+    """The error as a body after the status line has gone out."""
+    import json
+
+    inner = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return json.dumps({"error": inner}).encode()
