@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fathom.api import Event, FinishReason, GenerateRequest, Status
+from fathom.api import Event, FinishReason, GenerateRequest, Logprob, Status
 from fathom.engine.cache import PagedCache
 from fathom.engine.disk import Disk
 from fathom.engine.fingerprint import fingerprint
@@ -122,20 +122,23 @@ class Core:
         self.prefix.close()
 
     def _sample(self, pieces: list[Piece], logits_SV: Tensor) -> None:
-        for piece, row in zip(pieces, logits_SV, strict=True):
-            sequence = piece.sequence
-            try:
-                token, logprob = choose(row, self._samplers[sequence])
-            except Exception as error:  # a guide is somebody else's code: its fault ends its own request only
-                self._break(sequence, error)
-                continue
-            if token == self._eos or token in sequence.request.params.stop_ids:
-                self._finish(sequence, FinishReason.STOP)
-                continue
-            full = sequence.append(token)
-            self._tell(sequence, Event(token=token, logprob=logprob))
-            if full:
-                self._finish(sequence, FinishReason.LENGTH)
+        sequences = [piece.sequence for piece in pieces]
+        choices = choose(logits_SV, [self._samplers[s] for s in sequences])
+        for sequence, choice in zip(sequences, choices, strict=True):
+            if isinstance(choice, Exception):
+                self._break(sequence, choice)
+            else:
+                self._take(sequence, *choice)
+
+    def _take(self, sequence: Sequence, token: int, logprob: Logprob | None) -> None:
+        """A token was sampled."""
+        if token == self._eos or token in sequence.request.params.stop_ids:
+            self._finish(sequence, FinishReason.STOP)
+            return
+        full = sequence.append(token)
+        self._tell(sequence, Event(token=token, logprob=logprob))
+        if full:
+            self._finish(sequence, FinishReason.LENGTH)
 
     def _keep(self, plan: Plan) -> None:
         """Save the resume points that the step has reached."""

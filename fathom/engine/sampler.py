@@ -1,17 +1,25 @@
-"""From logits to token ids: greedy, temperature, top-k and top-p, guided, reproducible by seed."""
+"""From logits to token ids: greedy, temperature, top-k and top-p, guided, reproducible by seed.
+
+Shapes: S rows of a step, one a request; V vocabulary. What costs most is done for all rows at once; no row's result
+depends on the others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fathom.api import Guide, Logprob, SamplingParams
 from fathom.errors import SamplingError
 
-Choice = tuple[int, Logprob | None]
+Choice: TypeAlias = tuple[int, Logprob | None]
+Floats: TypeAlias = NDArray[np.float64]
 
 
 class Sampler:
@@ -22,72 +30,104 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, guide: Guide | None = None) -> None:
         self.params, self.guide = params, guide
-        self._random = torch.Generator()
-        if params.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(params.seed)
+        self.random = Random(params.seed)
 
-    def choose(self, logits_V: Tensor) -> int:
-        """One token id from float logits [V] on the CPU, by inverting the distribution at a uniform number.
-
-        Raises SamplingError when the guide allows nothing.
-        """
-        logits_V = self._allowed(logits_V)
-        token = int(logits_V.argmax()) if self.params.temperature == 0 else self._draw(logits_V)
-        if self.guide:
-            self.guide.accept(token)
-        return token
-
-    def _draw(self, logits_V: Tensor) -> int:
-        p = self.params
-        mass_V = probabilities(logits_V, p.temperature, p.top_p, p.top_k).cumsum(0)
-        uniform = torch.rand((), generator=self._random, dtype=torch.float64)
-        # The last mass stands for 1: rounding in the sum can then not point behind the last token.
-        return int(torch.searchsorted(mass_V, uniform * mass_V[-1], right=True))
-
-    def _allowed(self, logits_V: Tensor) -> Tensor:
-        """The logits, those of tokens that the guide does not allow at -inf."""
+    def mask(self, logits_V: Tensor) -> Tensor:
+        """The logits, those of tokens that the guide does not allow at -inf. SamplingError if it allows none."""
         bits = self.guide.allowed() if self.guide else None
         if bits is None:
             return logits_V
-        mask = np.unpackbits(np.frombuffer(bits, np.uint8), count=logits_V.shape[0], bitorder="little")
-        if not mask.any():
+        allowed = np.unpackbits(np.frombuffer(bits, np.uint8), count=logits_V.shape[0], bitorder="little")
+        if not allowed.any():
             raise SamplingError("no token fits what the answer must look like: change the schema or the tool choice")
-        return logits_V.masked_fill(torch.from_numpy(mask) == 0, float("-inf"))
+        return logits_V.masked_fill(torch.from_numpy(allowed) == 0, float("-inf"))
+
+    def draw(self, shares_V: Floats) -> int:
+        """A token by its share: the distribution, cut to what top-k and top-p keep, inverted at a uniform number."""
+        ids, kept = nucleus(shares_V, self.params.top_k, self.params.top_p)
+        mass = kept.cumsum()
+        # Rounding must not point at or behind the end: what is found there may have no share at all.
+        point = min(self.random.random() * mass[-1], np.nextafter(mass[-1], 0))
+        return int(ids[np.searchsorted(mass, point, side="right")])
 
 
-def sample(logits_RV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """One token id for each row of logits [R, V], chosen by its own sampler."""
-    return [sampler.choose(row) for sampler, row in zip(samplers, logits_RV.float().cpu(), strict=True)]
-
-
-def choose(logits_V: Tensor, sampler: Sampler) -> Choice:
-    """A token for one row of float logits on the CPU, with its log probability if that was asked for."""
-    token, wanted = sampler.choose(logits_V), sampler.params.logprobs
-    return token, None if wanted is None else logprob(logits_V, token, wanted)
-
-
-def logprob(logits_V: Tensor, token: int, alternatives: int) -> Logprob:
-    """The model's own log probability of a token and of the likeliest ones; equal ones in the order of their ids."""
-    log_V = torch.log_softmax(logits_V.double(), -1)
-    order = log_V.sort(descending=True, stable=True).indices[:alternatives].tolist()
-    return Logprob(float(log_V[token]), tuple((i, float(log_V[i])) for i in order))
-
-
-def probabilities(logits_V: Tensor, temperature: float, top_p: float = 1.0, top_k: int | None = None) -> Tensor:
-    """softmax(logits / temperature) in float64, zero outside the k likeliest and outside the smallest set that then
-    reaches top_p of what they hold.
-
-    Equal probabilities are taken in the order of their ids. The result [V] sums to 1.
+def choose(logits_SV: Tensor, samplers: Sequence[Sampler]) -> list[Choice | Exception]:
+    """A token for each row of float32 logits [S, V] on the CPU, chosen by the row's own sampler and told to its guide,
+    with its log probability if that is wanted; or what the guide raised. A guide is its request's own affair.
     """
-    p_V = torch.softmax(logits_V.double() / temperature, -1)
-    if top_p >= 1 and top_k is None:
-        return p_V
-    sorted_V, order_V = p_V.sort(descending=True, stable=True)
-    if top_k is not None:
-        sorted_V = sorted_V.where(torch.arange(sorted_V.shape[0]) < top_k, 0.0)
-        sorted_V = sorted_V / sorted_V.sum()
-    before_V = sorted_V.cumsum(0) - sorted_V
-    kept_V = torch.zeros_like(p_V).scatter(0, order_V, sorted_V * (before_V < top_p))
-    return kept_V / kept_V.sum()
+    errors: dict[int, Exception] = {}
+    tokens = _tokens(_guided(logits_SV, samplers, errors), samplers)
+    for n, (sampler, token) in enumerate(zip(samplers, tokens, strict=True)):
+        try:
+            if sampler.guide and n not in errors:
+                sampler.guide.accept(token)
+        except Exception as error:
+            errors[n] = error
+    logprobs = _logprobs(logits_SV, samplers, tokens)
+    return [errors.get(n) or (token, logprobs.get(n)) for n, token in enumerate(tokens)]
+
+
+def nucleus(shares_V: Floats, top_k: int | None, top_p: float) -> tuple[NDArray[np.int64], Floats]:
+    """The ids that are kept, and their shares: of the `top_k` likeliest the fewest that reach `top_p` of their sum.
+
+    Likeliest first, equal ones in the order of their ids; all, in that order alone, when nothing is cut.
+    """
+    if top_k is None and top_p >= 1:
+        return np.arange(shares_V.size), shares_V
+    ids = _largest(shares_V, top_k) if top_k else _above(shares_V, (1 - top_p) / shares_V.size)
+    shares = shares_V[ids]
+    before = shares.cumsum() - shares
+    count = np.searchsorted(before, top_p * (shares.sum() if top_k else 1.0), side="left")
+    return ids[: max(1, count)], shares[: max(1, count)]
+
+
+def logprob(log_V: Floats, token: int, alternatives: int) -> Logprob:
+    """The log probability of a token and of the likeliest ones; equal ones in the order of their ids."""
+    best = _largest(log_V, alternatives).tolist() if alternatives else ()
+    return Logprob(float(log_V[token]), tuple((i, float(log_V[i])) for i in best))
+
+
+def _guided(logits_SV: Tensor, samplers: Sequence[Sampler], errors: dict[int, Exception]) -> Tensor:
+    """The logits with every guide's mask on them."""
+    if not any(sampler.guide for sampler in samplers):
+        return logits_SV
+    out_SV = logits_SV.clone()
+    for n, sampler in enumerate(samplers):
+        try:
+            out_SV[n] = sampler.mask(out_SV[n])
+        except Exception as error:
+            errors[n] = error
+    return out_SV
+
+
+def _tokens(logits_SV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """The likeliest token of each row, or a drawn one where the temperature is above 0."""
+    tokens: list[int] = logits_SV.argmax(-1).tolist()
+    rows = [n for n, sampler in enumerate(samplers) if sampler.params.temperature]
+    if rows:
+        heat = torch.tensor([[samplers[n].params.temperature] for n in rows], dtype=torch.float64)
+        shares = torch.softmax(logits_SV[rows].double() / heat, -1).numpy()
+        for n, shares_V in zip(rows, shares, strict=True):
+            tokens[n] = samplers[n].draw(shares_V)
+    return tokens
+
+
+def _logprobs(logits_SV: Tensor, samplers: Sequence[Sampler], tokens: Sequence[int]) -> dict[int, Logprob]:
+    """By row, for those that want one: the model's own, before guide, temperature and cuts."""
+    wanted = {n: s.params.logprobs for n, s in enumerate(samplers) if s.params.logprobs is not None}
+    if not wanted:
+        return {}
+    logs = torch.log_softmax(logits_SV[list(wanted)].double(), -1).numpy()
+    return {n: logprob(log_V, tokens[n], k) for (n, k), log_V in zip(wanted.items(), logs, strict=True)}
+
+
+def _largest(values: Floats, k: int) -> NDArray[np.int64]:
+    """Where the k largest values are, the largest first, equal ones in order."""
+    k = min(k, values.size)
+    return _above(values, np.partition(values, values.size - k)[values.size - k])[:k]
+
+
+def _above(values: Floats, least: float) -> NDArray[np.int64]:
+    """Where values are at least `least`, the largest first. Few are, so that the vocabulary is not sorted."""
+    ids = np.flatnonzero(values >= least)
+    return ids[np.argsort(-values[ids], kind="stable")]
