@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fathom.api import Event, FinishReason, GenerateRequest, Logprob, Status
 from fathom.engine.cache import PagedCache
@@ -19,11 +18,14 @@ from fathom.engine.prefix import PrefixCache
 from fathom.engine.request import PAGE, Sequence
 from fathom.engine.runner import Runner
 from fathom.engine.sampler import Sampler, choose
-from fathom.engine.scheduler import Piece, Plan, Scheduler
+from fathom.engine.scheduler import Plan, Scheduler
 from fathom.errors import ConfigError, ContextError, FathomError, PromptError
 from fathom.model.transformer import Transformer
 
 _log = logging.getLogger("fathom.engine")
+
+_NOTES = 8
+"""Notes that are kept, the newest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +60,23 @@ class Core:
         longest = config.max_position_embeddings
         if max_context is not None and not 1 <= max_context <= longest:
             raise ConfigError(f"a context of {max_context} tokens is out of range: this model has from 1 to {longest}")
+        self._memory, self._mark = memory, fingerprint(model)
         device = model.embed.weight.device
         pages = _pages(model, memory.device, max_context or longest)
         self.cache = PagedCache(config, model.numerics, memory.slots, pages, device)
-        pool, mark = PagePool(pages), fingerprint(model)
-        disk = Disk(memory.folder, mark, memory.disk) if memory.folder else None
-        self.prefix = PrefixCache(pool, self.cache, mark, memory.host, disk)
-        self.scheduler = Scheduler(pool, memory.slots, memory.prefill, self.prefix, self._leaving)
+        self._disk = Disk(memory.folder, self._mark, memory.disk) if memory.folder else None
+        self._begin()
         self.context = min(max_context or longest, self.scheduler.capacity)
         self.vocabulary, self._eos = config.vocab_size, config.eos_token_id
         self._runner = Runner(model, self.cache)
         self._samplers: dict[Sequence, Sampler] = {}
+        self._notes: tuple[str, ...] = ()
+
+    def _begin(self) -> None:
+        """Empty books: every page free, nobody queued."""
+        pool = PagePool(self.cache.pages)
+        self.prefix = PrefixCache(pool, self.cache, self._mark, self._memory.host, self._disk)
+        self.scheduler = Scheduler(pool, self._memory.slots, self._memory.prefill, self.prefix, self._leaving)
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what cannot be computed. Raises PromptError, ContextError. Any thread."""
@@ -96,39 +104,43 @@ class Core:
             self._end(sequence)
 
     def step(self) -> bool:
-        """Compute one step; False if there was nothing to compute."""
+        """Compute one step; False if there was nothing to compute. Whatever fails, the next step can be made."""
+        try:
+            return self._step()
+        except Exception as error:
+            self._start_over(error)
+            return True
+
+    def _step(self) -> bool:
         plan = self.scheduler.plan()
         if not plan.pieces:
             return False
+        sampling = [piece.sequence for piece in plan.pieces if piece.samples]
         try:
-            logits_SV = self._runner.run(plan)
+            choices = choose(self._runner.run(plan), [self._samplers[s] for s in sampling])
         except Exception as error:
             self._fail(plan, error)
             return True
         self.scheduler.advance(plan)
         self._keep(plan)
-        self._sample([p for p in plan.pieces if p.samples], logits_SV)
+        for sequence, choice in zip(sampling, choices, strict=True):
+            if isinstance(choice, Exception):
+                self._break(sequence, choice)
+            else:
+                self._take(sequence, *choice)
         return True
 
     def status(self) -> Status:
         """How it is. Any thread."""
         waiting, running = self.scheduler.waiting, len(self.scheduler.running)
-        return Status(waiting=waiting, running=running, tiers=self.prefix.tiers, notes=self.prefix.notes)
+        notes = (*self._notes, *self.prefix.notes)
+        return Status(waiting=waiting, running=running, tiers=self.prefix.tiers, notes=notes)
 
     def close(self) -> None:
         """End all that runs or waits, save the cache."""
         for sequence in list(self._samplers):
             self.cancel(sequence)
         self.prefix.close()
-
-    def _sample(self, pieces: list[Piece], logits_SV: Tensor) -> None:
-        sequences = [piece.sequence for piece in pieces]
-        choices = choose(logits_SV, [self._samplers[s] for s in sequences])
-        for sequence, choice in zip(sequences, choices, strict=True):
-            if isinstance(choice, Exception):
-                self._break(sequence, choice)
-            else:
-                self._take(sequence, *choice)
 
     def _take(self, sequence: Sequence, token: int, logprob: Logprob | None) -> None:
         """A token was sampled."""
@@ -153,7 +165,18 @@ class Core:
 
     def _save(self, sequence: Sequence, at: int) -> None:
         assert sequence.slot is not None
-        self.prefix.save(sequence.namespace, sequence.ids, at, sequence.pages, sequence.slot)
+        try:
+            self.prefix.save(sequence.namespace, sequence.ids, at, sequence.pages, sequence.slot)
+        except Exception as error:  # who asked gets the answer all the same
+            self._note("a resume point could not be kept", error)
+
+    def _start_over(self, error: Exception) -> None:
+        """The books are in doubt: everyone ends, and nothing that only memory holds is believed any more."""
+        self._note("the cache in memory was emptied after an internal error", error)
+        for sequence in list(self._samplers):
+            sequence.finish = sequence.finish or FinishReason.ERROR
+            self._end(sequence, _line(error))
+        self._begin()
 
     def _fail(self, plan: Plan, error: Exception) -> None:
         """A step that broke ends the requests in it; the others go on."""
@@ -174,6 +197,12 @@ class Core:
     def _end(self, sequence: Sequence, error: str | None = None) -> None:
         del self._samplers[sequence]
         self._tell(sequence, Event(finish=sequence.finish, usage=sequence.usage, error=error))
+
+    def _note(self, what: str, error: Exception) -> None:
+        """Say it where the user looks, once."""
+        _log.error(what, exc_info=error)
+        if (note := f"{what}: {_line(error)}") not in self._notes:
+            self._notes = (*self._notes, note)[-_NOTES:]
 
     def _tell(self, sequence: Sequence, event: Event) -> None:
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fathom.engine.cache import PagedCache
-from fathom.engine.scheduler import Plan
-from fathom.model.batch import Batch, Span
+from fathom.engine.scheduler import Piece, Plan
+from fathom.model.batch import DECODE_TOKENS, Batch, Span
 from fathom.model.transformer import Transformer
 
 
@@ -20,16 +22,33 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:
         """Compute all pieces; float32 logits [S, V] on the CPU of the S that sample, in the plan's order."""
-        ids = [i for p in plan.pieces for i in p.sequence.ids[p.start : p.end]]
-        x_RnD = self.model(torch.tensor(ids, device=self.cache.device), self._batch(plan), self.cache)
-        rows = [n for n, piece in enumerate(plan.pieces) if piece.samples]
-        return self.model.logits(x_RnD[rows] if len(rows) < len(plan.pieces) else x_RnD).float().cpu()
+        ids = [i for piece in plan.pieces for i in piece.sequence.ids[piece.start : piece.end]]
+        spans, rows = self._spans(plan)
+        batch = Batch.step(spans, wanted="last", device=self.cache.device)
+        x_RnD = self.model(torch.tensor(ids, device=self.cache.device), batch, self.cache)
+        return self.model.logits(x_RnD if len(rows) == len(spans) else x_RnD[rows]).float().cpu()
 
-    def _batch(self, plan: Plan) -> Batch:
-        spans = []
+    def _spans(self, plan: Plan) -> tuple[list[Span], list[int]]:
+        """The spans of all pieces, and which of them end where a token is to be sampled."""
+        spans: list[Span] = []
+        rows = []
         for piece in plan.pieces:
             slot = piece.sequence.slot
             assert slot is not None
             self.cache.bind(slot, piece.sequence.pages)
-            spans.append(Span(piece.start, piece.count, slot))
-        return Batch.step(spans, wanted="last", device=self.cache.device)
+            spans += [Span(start, end - start, slot) for start, end in _cuts(piece)]
+            if piece.samples:
+                rows.append(len(spans) - 1)
+        return spans, rows
+
+
+def _cuts(piece: Piece) -> Iterator[tuple[int, int]]:
+    """The prompt's part in one; what was sampled, if it is computed again, so that it is computed as it was at first.
+
+    That is as decode, token by token: the model does so for spans of at most `DECODE_TOKENS`.
+    """
+    border = min(max(piece.start, piece.sequence.prompt), piece.end)
+    if border > piece.start:
+        yield piece.start, border
+    for start in range(border, piece.end, DECODE_TOKENS):
+        yield start, min(start + DECODE_TOKENS, piece.end)
