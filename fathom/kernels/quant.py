@@ -26,6 +26,8 @@ FP4_FLOOR = FP4_MAX * 2.0**-126
 WEIGHT_BLOCK = 128
 FP4_BLOCK = 32
 _NUMPY_ELEMENTS = 1 << 14
+_MANTISSA, _EXPONENT = np.int32(0x7FFFFF), np.int32(0x7F800000)
+_FLOOR, _TOP, _EIGHTH, _SMALLEST = (np.float32(v) for v in (FP8_FLOOR, FP8_MAX, 2.0**-3, 2.0**-9))
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
@@ -68,11 +70,11 @@ def _small(x: Tensor, block: int) -> bool:
 def _fp8_numpy(x: Tensor, block: int) -> Tensor:
     """`fp8_sim`, the same values by other means: every element is rounded to a multiple of its own quantum."""
     y = x.numpy().reshape(-1, block)
-    size = np.abs(y)
-    amax = np.maximum(size.max(-1, keepdims=True), np.float32(FP8_FLOOR)) / np.float32(FP8_MAX)
-    scale = ((amax.view(np.int32) + 0x7FFFFF) & 0x7F800000).view(np.float32)
-    quantum = (size.view(np.int32) & 0x7F800000).view(np.float32)  # 2^floor(log2 |y|): e4m3 keeps three bits below it
-    quantum = np.maximum(quantum * np.float32(2.0**-3), scale * np.float32(2.0**-9))
+    amax = np.maximum.reduce(np.abs(y), -1, keepdims=True)
+    amax = np.maximum(amax, _FLOOR) / _TOP
+    scale = ((amax.view(np.int32) + _MANTISSA) & _EXPONENT).view(np.float32)
+    power = (y.view(np.int32) & _EXPONENT).view(np.float32)  # 2^floor(log2 |y|): e4m3 keeps three bits below it
+    quantum = np.maximum(power * _EIGHTH, scale * _SMALLEST)
     return torch.from_numpy((np.rint(y / quantum) * quantum).reshape(x.shape))
 
 

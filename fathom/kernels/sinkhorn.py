@@ -28,7 +28,7 @@ def mixing(m: Tensor, scale: Tensor, base: Tensor, n: int, rounds: int, eps: flo
     """
     if m.is_cuda or torch.is_grad_enabled():
         return _mixing_torch(m, scale, base, n, rounds, eps)
-    logits = m.numpy() * np.repeat(scale.float().numpy(), (n, n, n * n)) + base.float().numpy()
+    logits = m.numpy() * scale.float().numpy()[_gate_of(n)] + base.float().numpy()
     gates = 1 / (1 + np.exp(-logits[:, : 2 * n]))
     comb = _sinkhorn_numpy(logits[:, 2 * n :], n, rounds, np.float32(eps))
     pre, post = gates[:, :n] + np.float32(eps), 2 * gates[:, n:]
@@ -55,6 +55,12 @@ def sinkhorn(logits: Tensor, rounds: int, eps: float) -> Tensor:
         c = c / (c.sum(-1, keepdim=True) + eps)
         c = c / (c.sum(-2, keepdim=True) + eps)
     return c
+
+
+@lru_cache(maxsize=8)
+def _gate_of(n: int) -> npt.NDArray[np.intp]:
+    """Which of the three scales each mixing weight has: pre, post, comb."""
+    return np.repeat(np.arange(3), (n, n, n * n))
 
 
 @lru_cache(maxsize=8)

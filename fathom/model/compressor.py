@@ -15,7 +15,7 @@ from fathom.config import ModelConfig
 from fathom.kernels.pool import overlap, pool
 from fathom.model.batch import Tile
 from fathom.model.cache import LayerState
-from fathom.model.layers import Linear, RMSNorm
+from fathom.model.layers import Linear, RMSNorm, both
 from fathom.model.rope import rotate
 from fathom.model.step import Step
 
@@ -34,8 +34,9 @@ class Compressor(nn.Module):
 
     def projections(self, x: Tensor, positions: Tensor) -> Tensor:
         """Values and gate logits of each token, float32 [T, 2 * width]; the slot's bias goes on the gates only."""
-        x = x.float()
-        return torch.cat((self.wkv(x), self.wgate(x) + self.ape[positions % self.ratio]), -1)
+        projected = both(x.float(), self.wkv, self.wgate)
+        projected[:, self.ape.shape[1] :] += self.ape[positions % self.ratio]
+        return projected
 
     def forward(
         self, tile: Tile, projected: Tensor, step: Step, state: LayerState, stored: Callable[[Tensor], Tensor]

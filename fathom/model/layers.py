@@ -38,12 +38,16 @@ class Numerics:
 
 
 class Packable(nn.Module):
-    """A module with copies of its weights for faster inference in `packed`, once it was densified to float32."""
+    """A module with copies of its weights for faster inference, once it was densified to float32.
+
+    packed: of its own; joined: of its own and those of the linear that `both` computes with it.
+    """
 
     packed: Any = None
+    joined: Any = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.packed = None  # the weights are about to change their dtype or device
+        self.packed = self.joined = None  # the weights are about to change their dtype or device
         return super()._apply(fn, recurse)
 
 
@@ -61,7 +65,7 @@ class Linear(Packable):
         """Replace the weight by a stored form of it, which no longer takes gradients."""
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
-        self.packed = None
+        self.packed = self.joined = None
 
     def densify(self, dtype: torch.dtype) -> None:
         """Replace an FP8 weight by its exact values in `dtype`, any by float32, packed where that is possible."""
@@ -77,6 +81,13 @@ class Linear(Packable):
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out] in the dtype of x."""
         return linear(x, self.packed or self.weight, self.scale)
+
+
+def both(x: Tensor, first: Linear, second: Linear) -> Tensor:
+    """Two linears of the same input, their outputs end to end: packed, they are one product."""
+    if first.packed and second.packed and first.joined is None:
+        first.joined = pack(torch.cat((first.weight, second.weight))) or False
+    return linear(x, first.joined) if first.joined else torch.cat((first(x), second(x)), -1)
 
 
 class GroupedLinear(Linear):

@@ -11,7 +11,7 @@ from fathom.kernels.experts import experts, swiglu
 from fathom.kernels.linear import linear
 from fathom.kernels.packed import pack, pack_all
 from fathom.kernels.quant import dequantize
-from fathom.model.layers import Linear, Numerics, Packable
+from fathom.model.layers import Linear, Numerics, Packable, both
 
 
 class Gate(Packable):
@@ -101,7 +101,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] (already an operand) -> [T, D]."""
-        hidden = swiglu(torch.cat((self.w1(x), self.w3(x)), -1).float(), self.limit).to(x.dtype)
+        hidden = swiglu(both(x, self.w1, self.w3).float(), self.limit).to(x.dtype)
         return self.w2(self.numerics.operand(hidden))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,5 +48,10 @@ def turns(positions: Tensor, freqs: Tensor) -> Tensor:
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Rotate the last 2P dims of `x` [..., C] by `turn` [..., P], which broadcasts; its conjugate rotates back."""
     split = x.shape[-1] - 2 * turn.shape[-1]
+    if x.dtype == torch.float32 and not (x.is_cuda or torch.is_grad_enabled()):
+        out = x.numpy().copy()
+        turned = out[..., split:].view(np.complex64)
+        np.multiply(turned, turn.numpy(), out=turned)
+        return torch.from_numpy(out)
     pairs = torch.view_as_complex(x[..., split:].float().unflatten(-1, (-1, 2)))
     return torch.cat((x[..., :split], torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)), -1)
