@@ -87,6 +87,7 @@ class Logprob:
 class Event:
     """One sampled token; or, last, the end with its reason and the usage. Stop tokens are not shown.
 
+    usage: comes with the end, and with the first token, so that a stream can begin with the counts of its prompt.
     error: with `FinishReason.ERROR`, one line for the user.
     """
 

@@ -32,7 +32,8 @@ _NOTES = 8
 class Memory:
     """What an engine may hold. device, host, disk: bytes of its cache's tiers; folder: where the disk tier is, if any.
 
-    slots: sequences at once; prefill: most prompt tokens of a step. Raises ConfigError for what cannot be.
+    slots: sequences at once; prefill: most prompt tokens of a step: what answers wait for while a prompt is read (half
+    of it halves the longest wait and costs a tenth of the reading speed). Raises ConfigError for what cannot be.
     """
 
     device: int = 512 << 20
@@ -40,7 +41,7 @@ class Memory:
     disk: int = 4 << 30
     folder: Path | None = None
     slots: int = 32
-    prefill: int = 512
+    prefill: int = 256
 
     def __post_init__(self) -> None:
         for name, least in (("device", 1), ("host", 0), ("disk", 1), ("slots", 1), ("prefill", PAGE)):
@@ -148,7 +149,8 @@ class Core:
             self._finish(sequence, FinishReason.STOP)
             return
         full = sequence.append(token)
-        self._tell(sequence, Event(token=token, logprob=logprob))
+        first = len(sequence.ids) == sequence.prompt + 1
+        self._tell(sequence, Event(token=token, logprob=logprob, usage=sequence.usage if first else None))
         if full:
             self._finish(sequence, FinishReason.LENGTH)
 

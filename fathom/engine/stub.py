@@ -139,10 +139,15 @@ class _Answer:
             if token in params.stop_ids:
                 return FinishReason.STOP
             ids.append(token)
-            self._tell(Event(token=token, logprob=_logprob(token, params.logprobs)))
+            self._tell(Event(token=token, logprob=_logprob(token, params.logprobs), usage=self._first(ids)))
             if len(ids) == end:
                 return FinishReason.LENGTH
         return FinishReason.CANCELLED if self._cancelled.is_set() else self._script.finish
+
+    def _first(self, ids: list[int]) -> Usage | None:
+        """The usage, which comes with the first token."""
+        prompt = len(self.request.prompt_ids)
+        return Usage(prompt, 1, self._cached) if len(ids) == prompt + 1 else None
 
     def _tell(self, event: Event) -> None:
         with suppress(RuntimeError):  # the listener's event loop may be gone before the answer is

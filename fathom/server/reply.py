@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from fathom.api import Engine, Event, FinishReason, Ticket
+from fathom.encoding.answer import Frame
 from fathom.encoding.exchange import Exchange
 from fathom.errors import RequestError
 from fathom.server.sse import KEEP_ALIVE, Feed, frame_bytes
@@ -26,6 +27,7 @@ class Reply:
         self._ticket: Ticket | None = None
         self._begun = time.monotonic()
         self._started = False
+        self._opened = False
 
     def begin(self, engine: Engine) -> None:
         """Give the request to the engine. Raises PromptError, ContextError."""
@@ -83,20 +85,26 @@ class Reply:
             if any(event.finish for event in events):
                 return
 
-    async def _written(self, event: Event) -> list[object]:
+    async def _written(self, event: Event) -> list[Frame]:
         """The event's frames. What comes after a stop string is not shown; the last event comes all the same."""
         if event.finish is FinishReason.ERROR:
             raise RequestError(500, event.error or "the engine failed", type="server_error", code="internal_error")
+        frames = self._first(event)
         if event.finish:
             # The end recounts a long thinking text: not in the loop.
-            return list(await asyncio.to_thread(self._ended, event))
-        frames = [] if self.writer.stopped else self.writer.push(event)
+            return frames + await asyncio.to_thread(self.writer.finish, event)
+        if not self.writer.stopped:
+            frames += self.writer.push(event)
         if self.writer.stopped and self._ticket:
             self._ticket.cancel()
-        return list(frames)
+        return frames
 
-    def _ended(self, event: Event) -> list[object]:
-        return list(self.writer.finish(event))
+    def _first(self, event: Event) -> list[Frame]:
+        """The frames that come before those of the first event."""
+        if self._opened or event.usage is None:
+            return []
+        self._opened = True
+        return self.writer.start(event.usage.prompt_tokens, event.usage.cached_tokens)
 
     def _leave(self) -> None:
         if self._ticket:
