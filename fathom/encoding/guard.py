@@ -29,7 +29,7 @@ _INVOKE = re.compile(f"<{_MARK}invoke\\s+name=([\"'])(.*?)\\1\\s*>")
 _PARAMETER = re.compile(f"<{_MARK}parameter\\s+name=([\"'])(.*?)\\1(?:\\s+string=([\"'])(true|false)\\3)?\\s*>")
 _TAGS = (_OPEN, _INVOKE, _PARAMETER, *_CLOSE.values())
 
-_TAG_START = re.compile(f"</?{_MARK}|</?$|{_MARK}|{_END}")
+_TAG_START = re.compile(f"</?{_MARK}|</?\\Z|{_MARK}|{_END}")
 """Where plain text ends: at markup, at a loose control token, or at what may yet become markup."""
 
 _LONGEST_TAG = 400
