@@ -168,7 +168,8 @@ def unpack_fp4(packed: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _fp4_table(device: torch.device) -> Tensor:
-    return torch.tensor(_FP4_VALUES + tuple(-v for v in _FP4_VALUES), device=device)
+    with torch.inference_mode(False):  # kept for later calls, which may be training
+        return torch.tensor(_FP4_VALUES + tuple(-v for v in _FP4_VALUES), device=device)
 
 
 def _fp4_codes(y: Tensor) -> Tensor:
@@ -222,10 +223,11 @@ def dequantize(w: Tensor, scale: Tensor | None) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _hadamard_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    h = torch.ones(1, 1, dtype=torch.float64)
-    while h.shape[0] < n:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
-    return (h * n**-0.5).to(device=device, dtype=dtype)
+    with torch.inference_mode(False):  # kept for later calls, which may be training
+        h = torch.ones(1, 1, dtype=torch.float64)
+        while h.shape[0] < n:
+            h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)), 0)
+        return (h * n**-0.5).to(device=device, dtype=dtype)
 
 
 def hadamard(x: Tensor) -> Tensor:
