@@ -72,7 +72,8 @@ class PackedSum:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N], both float32."""
-        return torch.from_numpy(np.add.reduce(self._packed(x).numpy().reshape(x.shape[0], 3, -1), 1))
+        pieces = self._packed(x).numpy().reshape(x.shape[0], 3, self._weight.shape[0])
+        return torch.from_numpy(np.add.reduce(pieces, 1))
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return PackedSum, (self._weight,)
