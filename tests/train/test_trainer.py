@@ -127,7 +127,7 @@ def test_the_exported_model_is_the_one_that_was_trained(tmp_path: Path) -> None:
     for _ in range(2):
         export(t.model, tmp_path / "t", tmp_path / "model")
     set_numerics(t.model, Numerics(quantize=True))
-    loaded = load_model(tmp_path / "model", numerics=Numerics(quantize=True))
+    loaded = load_model(tmp_path / "model", numerics=Numerics(quantize=True)).float()  # not packed: as in training
     ids = torch.arange(40) % 128
     with torch.inference_mode(), stored_weights(t.model.eval()):
         for name, p in loaded.named_parameters():
