@@ -96,21 +96,25 @@ class Core:
         """Queue a request that was checked."""
         sequence = Sequence.open(request, self.context, sink)
         self._samplers[sequence] = Sampler(request.params, request.guide)
-        self.scheduler.add(sequence)
+        self._safely(lambda: self.scheduler.add(sequence))
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
         """End it now."""
-        if self.scheduler.cancel(sequence):
+        if self._safely(lambda: self.scheduler.cancel(sequence)):
             self._end(sequence)
 
     def step(self) -> bool:
         """Compute one step; False if there was nothing to compute. Whatever fails, the next step can be made."""
+        return self._safely(self._step) is not False
+
+    def _safely(self, action: Callable[[], bool | None]) -> bool | None:
+        """Do it; None after a failure that nobody foresaw, which ends all requests but not the engine."""
         try:
-            return self._step()
+            return action()
         except Exception as error:
             self._start_over(error)
-            return True
+            return None
 
     def _step(self) -> bool:
         plan = self.scheduler.plan()
