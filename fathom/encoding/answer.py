@@ -130,6 +130,15 @@ class AnswerWriter:
             whole["choices"][0]["logprobs"] = self._all_logprobs
         return json.dumps(whole, ensure_ascii=False)
 
+    def message(self) -> dict[str, Any]:
+        """The answer as a chat message, whatever the protocol."""
+        whole = json.loads(self._whole.to_json())
+        if self.form.protocol == "chat":
+            found: dict[str, Any] = whole["choices"][0]["message"]
+            return found | {"content": found.get("content") or ""}
+        items = whole.get("content") if self.form.protocol == "messages" else whole.get("output")
+        return _as_message(items or ())
+
     def _pass(self, chunks: Sequence[Any]) -> list[Frame]:
         """The guard's chunks through the parser, until a stop string ends the answer."""
         frames: list[Frame] = []
@@ -208,3 +217,26 @@ class AnswerWriter:
         whole |= {"status": "failed", "error": {"code": "server_error", "message": message}}
         event = {"type": "response.failed", "sequence_number": self._sequence, "response": whole}
         return Frame(json.dumps(event), "response.failed")
+
+
+def _as_message(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Blocks of Messages or items of Responses as one chat message."""
+    text, reasoning, calls = "", "", []
+    for item in items:
+        kind = item.get("type")
+        if kind == "tool_use":
+            function = {"name": item["name"], "arguments": json.dumps(item["input"], ensure_ascii=False)}
+            calls.append({"id": item["id"], "type": "function", "function": function})
+        elif kind == "function_call":
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            calls.append({"id": item["call_id"], "type": "function", "function": function})
+        elif kind in ("thinking", "reasoning"):
+            reasoning += item.get("thinking") or _joined_text(item)
+        else:
+            text += item.get("text") or _joined_text(item)
+    message = {"role": "assistant", "content": text, "reasoning_content": reasoning}
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _joined_text(item: dict[str, Any]) -> str:
+    return "".join(part.get("text") or "" for part in item.get("content") or ())

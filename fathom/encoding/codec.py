@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fathom.api import ChatRequest, Delta, FinishReason, ToolCall
 from fathom.encoding.conversation import conversation, library
 from fathom.encoding.dialect import Settings
+from fathom.encoding.guide import Grammars
 from fathom.encoding.tokenizer import DSML, END_OF_THINKING, Tokenizer
 
 _UNSPELLABLE = {
@@ -40,6 +42,15 @@ class Codec:
         return self._format.render_conversation(
             conversation(request.messages, request.effort, dialect, request.tools, schema)
         )
+
+    def render_conversation(self, conversation: Any) -> Any:
+        """A conversation of the library as text, with the places of its control tokens."""
+        return self._format.render_conversation(conversation)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What makes guides for this tokenizer."""
+        return Grammars(self.tokenizer, self.tokenizer.added["<｜end▁of▁sentence｜>"])
 
     def prompt(self, request: ChatRequest) -> list[int]:
         """The prompt's token ids. Raises PromptError."""

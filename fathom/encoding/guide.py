@@ -1,6 +1,7 @@
 """What an answer must look like: JSON, a schema, a tool call, a budget of thinking. Reference api B.4.
 
-Masks come from `llguidance`. A guide begins to constrain where the answer proper begins: after the thinking. Control tokens that no answer may hold
+Masks come from `llguidance`. A guide begins to constrain where the answer proper begins, after the thinking. Control
+tokens that no answer may hold
 are never allowed; nor is an end before the thinking has ended, or right after it, so that an answer is never empty.
 """
 

@@ -1,0 +1,407 @@
+"""One request of any protocol, from its body to its answer: prompt ids, sampling, guide, writer. Reference recipe 2 to 4."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fathom.api import GenerateRequest, SamplingParams
+from fathom.encoding import normalise
+from fathom.encoding.answer import AnswerWriter, Form
+from fathom.encoding.codec import Codec
+from fathom.encoding.conversation import library
+from fathom.encoding.dialect import Dialect
+from fathom.encoding.guide import AnswerGuide, Function, Grammars
+from fathom.encoding.replay import ReplayStore, Turn
+from fathom.encoding.tokenizer import DSML, END_OF_THINKING
+from fathom.errors import ContextError, PromptError, RequestError, SamplingError
+
+_REQUESTS = {"chat": "ChatCompletionRequest", "messages": "MessagesRequest", "responses": "ResponsesRequest"}
+
+_LIBRARY_MODEL = "DeepSeek-V4-Pro"
+"""The name under which the library renders V4; clients' names are mapped before."""
+
+_APRIL = {"low": "low", "high": "low", "xhigh": "low", "max": "high"}
+"""What April's checkpoints are told for each level of the library, which speaks 0813."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What all requests share. served: the names of the model, its own first or not; context: tokens; strict: refuse what
+    the hosted service refuses; users: whether Messages isolates `user_id`s as Chat Completions does.
+    """
+
+    codec: Codec
+    served: tuple[str, ...]
+    context: int
+    strict: bool = False
+    users: bool = False
+    replay: ReplayStore = field(default_factory=ReplayStore)
+
+    def model(self, requested: Any, protocol: str) -> str:
+        """The served model behind a requested name. Raises RequestError."""
+        if not isinstance(requested, str) or not requested:
+            raise RequestError(400, f"model is missing: use {self._names()}", param="model")
+        name = requested.removesuffix("[1m]")
+        if name in self.served:
+            return name
+        if protocol == "messages" and name.startswith("claude"):
+            wanted = "deepseek-v4-pro" if "opus" in name else "deepseek-v4-flash"
+            return wanted if wanted in self.served else self.served[0]
+        raise RequestError(400, f"model '{requested}' is not served: use {self._names()}", param="model")
+
+    def _names(self) -> str:
+        return " or ".join(self.served)
+
+
+class Exchange:
+    """A request that was understood. Raises RequestError when it is not."""
+
+    protocol: str
+    model: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    guide: AnswerGuide
+    stream: bool
+    thinking: bool
+
+    @staticmethod
+    def open(protocol: str, raw: bytes, desk: Desk, *, beta: bool = False) -> Exchange:
+        """Read a body. Raises RequestError, ContextError."""
+        body = normalise.parse(raw)
+        if protocol == "completions":
+            from fathom.encoding.completion import Completions
+
+            return Completions(body, desk)
+        return _Conversing(protocol, body, desk)
+
+    def generate(self) -> GenerateRequest:
+        """For the engine."""
+        raise NotImplementedError
+
+    def writer(self, identity: str) -> Any:
+        """Writes the answer."""
+        raise NotImplementedError
+
+    def remember(self, writer: Any) -> None:
+        """The answer is whole: keep what was sampled."""
+
+
+class _Conversing(Exchange):
+    """Chat Completions, Messages, Responses."""
+
+    def __init__(self, protocol: str, body: dict[str, Any], desk: Desk) -> None:
+        self.protocol, self.desk = protocol, desk
+        self.model = desk.model(body.get("model"), protocol)
+        self.budget = _budget(body)
+        body = normalise.NORMALISERS[protocol]({**body, "model": _LIBRARY_MODEL}, desk.strict)
+        self.forced = None if desk.strict else _take_choice(body, protocol)
+        self.user = _user(body, protocol, desk.users)
+        self._body = body
+        self._request = self._converted(body)
+        self.options = self._request.parsing_options
+        self.options.parse_json_output = False
+        self.stream = self._request.stream
+        self._lay_out()
+        self.params = self._params(body)
+        self.guide = self._guide()
+
+    @property
+    def namespace(self) -> str:
+        """Who shares prefixes with this request."""
+        return f"{self.desk.codec.settings.dialect}/{self.user}"
+
+    def generate(self) -> GenerateRequest:
+        """For the engine."""
+        return GenerateRequest(
+            prompt_ids=self.prompt_ids,
+            params=self.params,
+            guide=self.guide,
+            namespace=self.namespace,
+            keep=self._keep(),
+        )
+
+    def writer(self, identity: str) -> AnswerWriter:
+        """Writes the answer. Once."""
+        form = Form(
+            protocol=self.protocol,
+            generator=self._generator(identity),
+            options=self.options,
+            identity=identity,
+            model=self.model,
+            thinking=self.thinking,
+            in_block=self.options.starts_in_tool_calls,
+            tools=self._tools_allowed(),
+            logprobs=self.params.logprobs is not None,
+            stream=self.stream,
+        )
+        return AnswerWriter(self.desk.codec, form)
+
+    def remember(self, writer: AnswerWriter) -> None:
+        """Keep the sampled ids under the ids of the calls, or under what was said."""
+        said = writer.message()
+        calls = [(c["function"]["name"], c["function"]["arguments"]) for c in said.get("tool_calls", ())]
+        turn = Turn(
+            tuple(writer.ids), self.thinking, said["content"], said.get("reasoning_content") or "", tuple(calls)
+        )
+        ids = [c["id"] for c in said.get("tool_calls", ())]
+        self.desk.replay.remember(self.namespace, self._question, ids, turn)
+
+    # --- the conversation
+
+    def _converted(self, body: Mapping[str, Any]) -> Any:
+        recipe = library()
+        options = recipe.ConversionOptions(messages_web_search=recipe.WebSearchBehavior.Drop)
+        if self.desk.strict:
+            options = options.with_reasoning_content_behavior(recipe.ReasoningContentBehavior.Reject)
+        kind = getattr(recipe, _REQUESTS[self.protocol])
+        raw = json.dumps(body).encode()
+        try:
+            request = kind(raw)
+            if self.protocol == "responses":
+                self._echo, self._spaces = request.echo(), kind(raw).namespace_tool_map(options)
+            return request.convert(options)
+        except recipe.ConversionError as error:
+            raise _refused(error) from None
+        except ValueError as error:
+            raise RequestError(400, f"Failed to deserialize the JSON body: {error}") from None
+
+    def _lay_out(self) -> None:
+        """The prompt's ids, turns sampled here as they were sampled."""
+        recipe, codec = library(), self.desk.codec
+        rebuilt, turns = self._rebuilt(self._request.conversation)
+        try:
+            rendered = codec.render_conversation(rebuilt)
+        except (RuntimeError, ValueError) as error:
+            raise PromptError(str(error)) from None
+        self.prompt_ids = _spliced(codec, rendered, turns)
+        stage = self.options.thinking_initial_stage
+        self.thinking = bool(stage and stage.starts_in_reasoning())
+        if rendered.prompt.endswith(f"<{DSML}tool_calls>\n"):
+            self.options.starts_in_tool_calls, self.thinking = True, False
+        elif self._prefilled:
+            self.options.thinking_initial_stage = recipe.ThinkingInitialStage.ContentContinuation
+            self.thinking = False
+
+    def _rebuilt(self, given: Any) -> tuple[Any, list[tuple[str, Turn]]]:
+        """The conversation in the checkpoint's dialect, calls numbered in their order, known turns as placeholders."""
+        recipe, turns = library(), list[tuple[str, Turn]]()
+        names: dict[str, str] = {}
+        made: list[Any] = []
+        mark, self._question = secrets.token_hex(8), ""
+        last = len(given.messages) - 1
+        self._prefilled = self.protocol == "messages" and last >= 0 and given.messages[last].role == "assistant"
+        for n, message in enumerate(given.messages):
+            if message.role == "user":
+                self._question = message.content
+            if message.role == "assistant":
+                turn = self._known(message)
+                if turn and n < last:
+                    sentinel = f"\ue000{mark}-{n}\ue001"
+                    turns.append((sentinel, turn))
+                    for call in message.tool_calls or ():
+                        names[call.id] = f"call_{len(names):06d}"
+                    made.append(recipe.AssistantMessage(sentinel, reasoning_content=""))
+                    continue
+                calls = []
+                for call in message.tool_calls or ():
+                    names[call.id] = f"call_{len(names):06d}"
+                    calls.append(recipe.ToolCall(names[call.id], call.name, call.arguments))
+                prefix = message.prefix or (n == last and self._prefilled)
+                made.append(
+                    recipe.AssistantMessage(message.content, message.reasoning_content, calls or None, prefix=prefix)
+                )
+            elif message.role == "tool":
+                made.append(recipe.ToolMessage(message.content, names.get(message.tool_call_id, message.tool_call_id)))
+            else:
+                made.append(message)
+        return self._with_settings(given, made), turns
+
+    def _with_settings(self, given: Any, messages: Sequence[Any]) -> Any:
+        effort, april = given.reasoning_effort, self.desk.codec.settings.dialect is Dialect.APRIL
+        choice = given.tool_choice
+        if self.forced and not given.thinking_mode:
+            choice = "required"
+        formats = {"response_schema": given.response_schema} if given.response_format == "json_schema" else {}
+        if given.response_format == "json_object":
+            formats = {"response_format": "json_object"}
+        tools = given.tools
+        if self.forced not in (None, "any") and not given.thinking_mode:
+            tools = [tool for tool in tools if tool.name == self.forced]
+        return library().Conversation(
+            messages,
+            thinking_mode=given.thinking_mode,
+            tools=tools or None,
+            tool_choice=choice,
+            reasoning_effort=_APRIL.get(effort, effort) if april and effort else effort,
+            **formats,
+        )
+
+    def _known(self, message: Any) -> Turn | None:
+        calls = [(c.name, c.arguments) for c in message.tool_calls or ()]
+        ids = [c.id for c in message.tool_calls or ()]
+        reasoning = message.reasoning_content
+        return self.desk.replay.find(self.namespace, self._question, ids, message.content, reasoning, calls)
+
+    # --- sampling
+
+    def _params(self, body: Mapping[str, Any]) -> SamplingParams:
+        options, settings = self._request.inference_options, self.desk.codec.settings
+        strict = self.desk.strict
+        temperature = options.temperature if strict else body.get("temperature", settings.temperature)
+        top_p = options.top_p if strict else body.get("top_p", settings.top_p)
+        try:
+            return SamplingParams(
+                temperature=float(temperature),
+                top_p=float(top_p) or 1e-9,
+                top_k=body.get("top_k"),
+                max_tokens=self._max_tokens(options.max_tokens),
+                seed=options.seed,
+                logprobs=(options.top_logprobs or 0) if options.logprobs else None,
+            )
+        except (SamplingError, TypeError, ValueError) as error:
+            raise RequestError(400, str(error)) from None
+
+    def _max_tokens(self, asked: int | None) -> int:
+        prompt, context = len(self.prompt_ids), self.desk.context
+        if prompt >= context:
+            limit = f"the prompt has {prompt} tokens, but the context holds {context} with the answer"
+            raise ContextError(f"{limit}: shorten it, or allow a longer context")
+        if asked is not None and prompt + asked > context and self.desk.strict:
+            raise ContextError(
+                f"the prompt has {prompt} tokens and max_tokens is {asked}: together more than {context}"
+            )
+        usual = self._request.resolve_max_tokens(0, 1 << 40) if asked is None else asked
+        own = self.desk.codec.settings.max_tokens
+        if asked is None and own is not None:
+            usual = min(usual, own)
+        return int(min(usual, context - prompt))
+
+    def _guide(self) -> AnswerGuide:
+        grammars, constraint = self.desk.codec.grammars, self._request.inference_options.output_constraint
+        thinking, kind = self.thinking, constraint.kind if constraint else ""
+        if self._tools_allowed():
+            return self._call_guide(grammars)
+        matcher = None
+        if kind == "json":
+            matcher = grammars.json(json.loads(constraint.schema) if constraint.schema else {"type": "object"})
+        return AnswerGuide(grammars, thinking=thinking, budget=self.budget, matcher=matcher)
+
+    def _call_guide(self, grammars: Grammars) -> AnswerGuide:
+        """A forced call begins the answer; one of the model's own will is held to its form once it has begun."""
+        tools = self._request.conversation.tools
+        chosen = [t for t in tools if self.forced in (None, "any", t.name)]
+        functions = [Function(t.name, t.parameters or {}) for t in chosen]
+        in_block = self.options.starts_in_tool_calls
+        try:
+            if self.forced or in_block:
+                matcher = grammars.calls(functions, "" if in_block else grammars.opening(whole=True))
+                return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, matcher=matcher)
+            calls = grammars.calls(functions, grammars.opening(whole=False))
+        except RequestError:
+            if self.forced or any(t.strict for t in chosen):
+                raise
+            calls = None  # a schema that cannot be enforced: the model is trusted, the guard still reads
+        return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, calls=calls)
+
+    def _tools_allowed(self) -> bool:
+        given = self._request.conversation
+        return bool(given.tools) and given.tool_choice != "none"
+
+    def _keep(self) -> tuple[int, ...]:
+        """Where the last turn of the user begins: the next prompt may part from this one there."""
+        user = self.desk.codec.tokenizer.added["<｜User｜>"]
+        return (max((n for n, i in enumerate(self.prompt_ids) if i == user), default=0),)
+
+    def _generator(self, identity: str) -> Any:
+        recipe = library()
+        made = getattr(recipe, _REQUESTS[self.protocol]).chunk_generator(self._request, identity, self.model)
+        if self.protocol == "responses":
+            made = made.with_echo(self._echo)
+            made = made.with_namespace_tool_map(self._spaces) if self._spaces else made
+        return made
+
+
+def _spliced(codec: Codec, rendered: Any, turns: Sequence[tuple[str, Turn]]) -> list[int]:
+    """The prompt's ids, each placeholder replaced by the ids that were sampled for it."""
+    text, ranges, at = rendered.prompt, rendered.special_ranges, 0
+    ids: list[int] = []
+    for sentinel, turn in turns:
+        place = text.index(sentinel, at)
+        ids += codec.tokenizer.splice(text[at:place], _within(ranges, at, place))
+        ids = _joined(codec, ids, turn)
+        at = place + len(sentinel)
+    return ids + codec.tokenizer.splice(text[at:], _within(ranges, at, len(text)))
+
+
+def _within(ranges: Sequence[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
+    return [(a - begin, b - begin) for a, b in ranges if begin <= a and b <= end]
+
+
+def _joined(codec: Codec, ids: list[int], turn: Turn) -> list[int]:
+    """A turn behind its header: with its thinking where the header opens one, else what came after it."""
+    added = codec.tokenizer.added
+    think, end = added["<think>"], added[END_OF_THINKING]
+    if turn.thinking and ids[-2:] == [think, end]:
+        return ids[:-1] + list(turn.ids)
+    shown = turn.ids[turn.ids.index(end) + 1 :] if turn.thinking and end in turn.ids else turn.ids
+    return ids + list(shown)
+
+
+def _take_choice(body: dict[str, Any], protocol: str) -> str | None:
+    """A forced choice of tool, taken out of the body: "any", or a name. The library refuses some and ignores others."""
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools") if isinstance(choice.get("allowed_tools"), dict) else choice
+        names = {_tool_name(t) for t in allowed.get("tools") or ()}
+        body["tools"] = [t for t in body.get("tools") or () if _tool_name(t) in names]
+        choice = allowed.get("mode", "auto")
+        body["tool_choice"] = choice
+    if not body.get("tools"):
+        body.pop("tool_choice", None)
+        return None
+    forced = None
+    if choice in ("required", "any") or (isinstance(choice, dict) and choice.get("type") in ("any", "required")):
+        forced = "any"
+    elif isinstance(choice, dict) and choice.get("type") in ("function", "tool", "custom"):
+        forced = _tool_name(choice)
+        if forced not in {_tool_name(t) for t in body["tools"]}:
+            raise RequestError(
+                400, f"tool_choice names '{forced}', which is no tool of this request", param="tool_choice"
+            )
+    if forced:
+        body["tool_choice"] = {"type": "auto"} if protocol == "messages" else "auto"
+    return forced
+
+
+def _tool_name(tool: Any) -> str:
+    tool = tool if isinstance(tool, dict) else {}
+    return str(tool.get("name") or (tool.get("function") or {}).get("name") or "")
+
+
+def _budget(body: Mapping[str, Any]) -> int | None:
+    """How many tokens the thinking may take."""
+    thinking = body.get("thinking")
+    budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+    return budget if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0 else None
+
+
+def _user(body: Mapping[str, Any], protocol: str, isolate_messages: bool) -> str:
+    if protocol == "messages":
+        metadata = body.get("metadata")
+        return str(metadata.get("user_id") or "") if isolate_messages and isinstance(metadata, dict) else ""
+    return str(body.get("user_id") or body.get("user") or "")
+
+
+def _refused(error: Any) -> RequestError:
+    """The library's own refusal, which is an OpenAI error body."""
+    try:
+        found = json.loads(error.body)["error"]
+    except (ValueError, KeyError, TypeError):
+        return RequestError(error.status_code, str(error))
+    return RequestError(
+        error.status_code, found.get("message", ""), found.get("type") or "invalid_request_error", found.get("code")
+    )

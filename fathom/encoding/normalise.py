@@ -1,0 +1,349 @@
+"""Lenient bodies in: what clients really send, made into what the prompt library takes. Reference recipe 4, api C.4.
+
+The library refuses much that agents send. Nothing here looks at the prompt's text; that is the library's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from fathom.errors import RequestError
+
+Body = dict[str, Any]
+
+MOST_TOOLS = 128
+
+_BILLING = "x-anthropic-billing-header"
+
+
+def parse(raw: bytes) -> Body:
+    """The JSON object of a request. Raises RequestError for anything else."""
+    try:
+        body = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        place = f"byte 0x{raw[error.start]:02x} at place {error.start}"
+        raise RequestError(400, f"Failed to deserialize the JSON body: it is not UTF-8 ({place})") from None
+    except RecursionError:
+        raise RequestError(400, "Failed to deserialize the JSON body: it is nested too deeply") from None
+    except ValueError as error:
+        raise RequestError(400, f"Failed to deserialize the JSON body: {error}") from None
+    if not isinstance(body, dict):
+        raise RequestError(400, "Failed to deserialize the JSON body: it must be an object")
+    return body
+
+
+def chat(body: Body, strict: bool) -> Body:
+    """A Chat Completions body."""
+    body = _without_nulls(body)
+    _refuse_unsupported(body)
+    if "max_completion_tokens" in body:
+        body.setdefault("max_tokens", body.pop("max_completion_tokens"))
+    _template_options(body)
+    _thinking(body)
+    if not strict:
+        if not body.get("stream"):
+            body.pop("stream_options", None)
+        if not body.get("logprobs"):
+            body.pop("top_logprobs", None)
+    if "tools" in body:
+        body["tools"] = [_chat_tool(tool) for tool in _tools(body)]
+    if isinstance(body.get("messages"), list):
+        body["messages"] = _attach_results([_chat_message(m) for m in _placed(body["messages"])])
+    return body
+
+
+def messages(body: Body, strict: bool) -> Body:
+    """A Messages body."""
+    body = _without_nulls(body)
+    _thinking(body)
+    if "system" in body:
+        body["system"] = _without_billing(body["system"])
+        if not body["system"]:
+            del body["system"]
+    if "tools" in body:
+        body["tools"] = [_messages_tool(t) for t in _tools(body) if t.get("type") in (None, "custom")]
+        if not body["tools"]:
+            body.pop("tools")
+            body.pop("tool_choice", None)
+    if isinstance(body.get("messages"), list):
+        body["messages"] = _blocks_in_order([_messages_turn(m) for m in body["messages"] if isinstance(m, dict)])
+    return body
+
+
+def responses(body: Body, strict: bool) -> Body:
+    """A Responses body."""
+    body = _without_nulls(body)
+    if isinstance(body.get("instructions"), str):
+        body["instructions"] = _without_billing(body["instructions"])
+    if isinstance(body.get("tools"), list):
+        body["tools"] = [_with_object(t, "parameters") if t.get("type") == "function" else t for t in _tools(body)]
+    if isinstance(body.get("input"), list):
+        body["input"] = _outputs_in_order([_responses_item(item) for item in body["input"]])
+    return body
+
+
+NORMALISERS: dict[str, Callable[[Body, bool], Body]] = {"chat": chat, "messages": messages, "responses": responses}
+
+
+# --- shared
+
+
+def text_of(content: Any) -> str:
+    """Any content as text: parts are joined by blank lines, what is not text is named."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, dict):
+        content = [content]
+    return "\n\n".join(_part_text(part) for part in content if part) if isinstance(content, list) else str(content)
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        return str(part)
+    for key in ("text", "refusal", "input_text", "output_text"):
+        if isinstance(part.get(key), str):
+            return str(part[key])
+    source = part.get("source")
+    if part.get("type") == "document" and isinstance(source, dict):
+        return text_of(source.get("data") if source.get("type") == "text" else source.get("content"))
+    if part.get("type") == "search_result":
+        return text_of(part.get("content"))
+    return f"[Unsupported {part.get('type', 'part')}]"
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _without_nulls(body: Body) -> Body:
+    return {key: value for key, value in body.items() if value is not None}
+
+
+def _refuse_unsupported(body: Body) -> None:
+    if body.get("n", 1) != 1:
+        raise RequestError(400, f"n={body['n']} is not supported: ask once for each answer", param="n")
+    if body.get("logit_bias"):
+        raise RequestError(400, "logit_bias is not supported: leave it out", param="logit_bias")
+
+
+def _template_options(body: Body) -> None:
+    """What users of other engines write: `chat_template_kwargs`, `enable_thinking`."""
+    options = body.pop("chat_template_kwargs", None)
+    options = dict(options) if isinstance(options, dict) else {}
+    if "enable_thinking" in body:
+        options.setdefault("enable_thinking", body.pop("enable_thinking"))
+    switch = options.get("thinking", options.get("enable_thinking"))
+    if isinstance(switch, bool):
+        body.setdefault("thinking", {"type": "enabled" if switch else "disabled"})
+    if isinstance(options.get("reasoning_effort"), str):
+        body.setdefault("reasoning_effort", options["reasoning_effort"])
+
+
+def _thinking(body: Body) -> None:
+    """Any way to switch thinking on counts as such."""
+    given = body.get("thinking")
+    if given is None:
+        return
+    kind = given.get("type") if isinstance(given, dict) else given
+    off = kind in ("disabled", "none", False)
+    body["thinking"] = {"type": "disabled" if off else "enabled"}
+
+
+def _tools(body: Body) -> list[Body]:
+    tools = body["tools"]
+    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+        raise RequestError(400, "tools must be a list of objects", param="tools")
+    if len(tools) > MOST_TOOLS:
+        raise RequestError(400, f"{len(tools)} tools are too many: at most {MOST_TOOLS} are allowed", param="tools")
+    return tools
+
+
+def _chat_tool(tool: Body) -> Body:
+    function = tool.get("function")
+    return {**tool, "function": _with_object(function, "parameters")} if isinstance(function, dict) else tool
+
+
+def _with_object(tool: Body, key: str) -> Body:
+    """A tool whose schema says that arguments are an object, which many generated ones leave out."""
+    tool, schema = _without_nulls(tool), tool.get(key)
+    return {**tool, key: {"type": "object", **schema}} if isinstance(schema, dict) and "type" not in schema else tool
+
+
+def _without_billing(text: Any) -> Any:
+    """Without the header that a command-line agent puts first and changes with every call."""
+    if isinstance(text, str):
+        return "\n".join(line for line in text.split("\n") if not line.startswith(_BILLING))
+    if isinstance(text, list):
+        blocks = [b for b in text if not (isinstance(b, dict) and str(b.get("text", "")).startswith(_BILLING))]
+        return [{"type": "text", "text": _part_text(b)} for b in blocks]
+    return text
+
+
+# --- chat
+
+
+def _placed(turns: Sequence[Any]) -> Iterable[Body]:
+    """Instructions in front are the system's; later ones are what a user says, so that the prefix stays."""
+    leading = True
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise RequestError(400, "messages must be a list of objects", param="messages")
+        role = turn.get("role")
+        if role in ("system", "developer"):
+            yield {**turn, "role": "system" if leading else "user"}
+        else:
+            leading = False
+            yield turn
+
+
+def _chat_message(turn: Body) -> Body:
+    turn, role = _without_nulls(turn), turn.get("role")
+    if "reasoning" in turn and isinstance(turn["reasoning"], str):
+        turn.setdefault("reasoning_content", turn.pop("reasoning"))
+    turn["content"] = text_of(turn.get("content"))
+    if role == "system":
+        turn["content"] = _without_billing(turn["content"])
+    if not turn.get("tool_calls"):
+        turn.pop("tool_calls", None)
+    if isinstance(turn.get("tool_calls"), list):
+        turn["tool_calls"] = [_chat_call(call) for call in turn["tool_calls"]]
+    return turn
+
+
+def _chat_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps({} if arguments is None else arguments)
+    return {**call, "type": "function", "function": {**function, "arguments": text}}
+
+
+def _attach_results(turns: Sequence[Body]) -> list[Body]:
+    """Each call's result directly after it, in the calls' order; a missing one is empty, one without a call is text."""
+    results = {t.get("tool_call_id"): t for t in turns if t.get("role") == "tool"}
+    placed: list[Body] = []
+    used: set[Any] = set()
+    for turn in turns:
+        if turn.get("role") == "tool":
+            if turn.get("tool_call_id") not in _called(turns):
+                placed.append({"role": "user", "content": turn["content"]})
+            continue
+        placed.append(turn)
+        for id in (c.get("id") for c in turn.get("tool_calls") or () if isinstance(c, dict)):
+            if id not in used:
+                used.add(id)
+                found = results.get(id, {"content": ""})
+                placed.append({"role": "tool", "tool_call_id": id, "content": found["content"]})
+    return placed
+
+
+def _called(turns: Sequence[Body]) -> set[Any]:
+    return {c.get("id") for t in turns for c in t.get("tool_calls") or () if isinstance(c, dict)}
+
+
+# --- messages
+
+
+def _messages_tool(tool: Body) -> Body:
+    tool = _with_object({k: v for k, v in tool.items() if k not in ("type", "cache_control")}, "input_schema")
+    return {"input_schema": {"type": "object"}, **tool}
+
+
+def _messages_turn(turn: Body) -> Body:
+    content = turn.get("content")
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(blocks, list):
+        blocks = []
+    kept = [_block(b) for b in blocks if isinstance(b, dict) and b.get("type") != "redacted_thinking"]
+    kept = [b for b in kept if b.get("type") != "text" or b["text"]] or [{"type": "text", "text": ""}]
+    return {"role": turn.get("role"), "content": kept}
+
+
+def _block(block: Body) -> Body:
+    kind = block.get("type")
+    if kind == "thinking":
+        return {"type": "thinking", "thinking": text_of(block.get("thinking")), "signature": ""}
+    if kind == "tool_use":
+        return {k: block[k] for k in ("type", "id", "name", "input") if k in block}
+    if kind == "tool_result":
+        return {"type": kind, "tool_use_id": block.get("tool_use_id"), "content": text_of(block.get("content"))}
+    return {"type": "text", "text": _part_text(block)}
+
+
+def _blocks_in_order(turns: Sequence[Body]) -> list[Body]:
+    """Calls last in a turn, their results first in the next; what has no partner is added or becomes text."""
+    placed: list[Body] = []
+    wanted: list[str] = []
+    for turn in turns:
+        blocks = turn["content"]
+        results = {b["tool_use_id"]: b for b in blocks if b["type"] == "tool_result"}
+        others = [b for b in blocks if b["type"] not in ("tool_result", "tool_use")]
+        if turn["role"] == "user":
+            orphans = [b for id, b in results.items() if id not in wanted]
+            others = [{"type": "text", "text": b["content"]} for b in orphans] + others
+        given = [results.get(id) or {"type": "tool_result", "tool_use_id": id, "content": ""} for id in wanted]
+        if wanted and turn["role"] != "user":
+            placed.append({"role": "user", "content": given})
+            given = []
+        calls = [b for b in blocks if b["type"] == "tool_use"] if turn["role"] == "assistant" else []
+        wanted = [b.get("id", "") for b in calls]
+        texts = [b for b in others if b["type"] != "text" or b["text"] or not (given or calls)]
+        placed.append({"role": turn["role"], "content": [*given, *texts, *calls] or [{"type": "text", "text": ""}]})
+    if wanted:
+        missing = [{"type": "tool_result", "tool_use_id": id, "content": ""} for id in wanted]
+        placed.append({"role": "user", "content": missing})
+    return placed
+
+
+# --- responses
+
+
+def _responses_item(item: Any) -> Any:
+    if not isinstance(item, dict):
+        return item
+    if item.get("type", "message") == "message" and isinstance(item.get("content"), list):
+        kind = "output_text" if item.get("role") == "assistant" else "input_text"
+        return {**item, "content": [{"type": kind, "text": _part_text(part)} for part in item["content"]]}
+    if str(item.get("type", "")).endswith("_call_output"):
+        return {**item, "output": text_of(item.get("output"))}
+    return item
+
+
+def _outputs_in_order(items: Sequence[Any]) -> list[Any]:
+    """Each call's output directly after its group of calls; a missing one is empty, one without a call is text."""
+    outputs = {i.get("call_id"): i for i in items if isinstance(i, dict) and _is(i, "_call_output")}
+    calls = {i.get("call_id") for i in items if isinstance(i, dict) and _is_call(i)}
+    placed: list[Any] = []
+    open_calls: list[Body] = []
+    for item in [*items, None]:
+        if isinstance(item, dict) and _is(item, "_call_output"):
+            if item.get("call_id") not in calls:
+                placed.append({"type": "message", "role": "user", "content": item.get("output", "")})
+            continue
+        if not (isinstance(item, dict) and _is_call(item)):
+            placed += [outputs.get(c.get("call_id")) or _no_output(c) for c in open_calls]
+            open_calls = []
+        if item is not None:
+            placed.append(item)
+        if isinstance(item, dict) and _is_call(item):
+            open_calls.append(item)
+    return placed
+
+
+def _is(item: Body, ending: str) -> bool:
+    return str(item.get("type", "")).endswith(ending)
+
+
+def _is_call(item: Body) -> bool:
+    return item.get("type") in ("function_call", "custom_tool_call")
+
+
+def _no_output(call: Body) -> Body:
+    return {"type": f"{call['type']}_output", "call_id": call.get("call_id"), "output": ""}
