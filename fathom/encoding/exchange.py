@@ -1,4 +1,4 @@
-"""One request of any protocol, from its body to its answer: prompt ids, sampling, guide, writer. Reference recipe 2 to 4."""
+"""One request of any protocol, from its body to its answer: prompt ids, sampling, guide, writer. Reference recipe."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ _APRIL = {"low": "low", "high": "low", "xhigh": "low", "max": "high"}
 
 @dataclass(frozen=True)
 class Desk:
-    """What all requests share. served: the names of the model, its own first or not; context: tokens; strict: refuse what
-    the hosted service refuses; users: whether Messages isolates `user_id`s as Chat Completions does.
+    """What all requests share.
+
+    served: the names of the model; context: tokens; strict: refuse what the hosted service refuses; users: whether
+    Messages isolates `user_id`s as Chat Completions does.
     """
 
     codec: Codec
@@ -274,7 +276,7 @@ class _Conversing(Exchange):
             raise ContextError(
                 f"the prompt has {prompt} tokens and max_tokens is {asked}: together more than {context}"
             )
-        usual = self._request.resolve_max_tokens(0, 1 << 40) if asked is None else asked
+        usual = self._request.resolve_max_tokens(0, 1 << 31) if asked is None else asked
         own = self.desk.codec.settings.max_tokens
         if asked is None and own is not None:
             usual = min(usual, own)
@@ -355,7 +357,8 @@ def _take_choice(body: dict[str, Any], protocol: str) -> str | None:
     """A forced choice of tool, taken out of the body: "any", or a name. The library refuses some and ignores others."""
     choice = body.get("tool_choice")
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = choice.get("allowed_tools") if isinstance(choice.get("allowed_tools"), dict) else choice
+        inner = choice.get("allowed_tools")
+        allowed: dict[str, Any] = inner if isinstance(inner, dict) else choice
         names = {_tool_name(t) for t in allowed.get("tools") or ()}
         body["tools"] = [t for t in body.get("tools") or () if _tool_name(t) in names]
         choice = allowed.get("mode", "auto")

@@ -22,8 +22,10 @@ MOST_TURNS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One answer. ids: as sampled, without the end of sentence; thinking: it began inside the thinking; the rest is what
-    the client saw: text, reasoning and the calls as (name, arguments).
+    """One answer.
+
+    ids: as sampled, without the end of sentence; thinking: it began inside the thinking; the rest is what the client
+    saw: text, reasoning and the calls as (name, arguments).
     """
 
     ids: tuple[int, ...]

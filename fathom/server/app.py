@@ -7,7 +7,6 @@ What a protocol looks like is not known here.
 from __future__ import annotations
 
 import asyncio
-import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -223,7 +222,8 @@ async def _not_found(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     known = ", ".join(f"/v1{path}" for path in PROTOCOLS)
     text = f"{request.method} {request.url.path} is not served: use POST {known} or GET /v1/models"
-    return refusal("messages" if "messages" in request.url.path else "chat", RequestError(status, text, code="not_found"))
+    protocol = "messages" if "messages" in request.url.path else "chat"
+    return refusal(protocol, RequestError(status, text, code="not_found"))
 
 
 def _identity(protocol: str) -> str:

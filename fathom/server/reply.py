@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from fathom.api import Engine, Event, FinishReason, Ticket
-from fathom.encoding.answer import Frame
+from fathom.api import Engine, Event, FinishReason, Ticket, Usage
 from fathom.encoding.exchange import Exchange
 from fathom.errors import RequestError
-from fathom.server.sse import KEEP_ALIVE, Feed, frame_bytes
+from fathom.server.sse import KEEP_ALIVE, Feed, Frame, frame_bytes
 
 if TYPE_CHECKING:
     from fathom.server.app import ServerSettings
 
 
 class Reply:
-    """The answer to one exchange. `begin`, then one of `stream` and `whole`; leaving either early cancels the request."""
+    """The answer to one exchange: `begin`, then `stream` or `whole`; leaving either early cancels the request."""
 
     def __init__(self, exchange: Exchange, settings: ServerSettings, identity: str) -> None:
         self.exchange, self.settings = exchange, settings
@@ -26,8 +26,7 @@ class Reply:
         self._feed = Feed()
         self._ticket: Ticket | None = None
         self._begun = time.monotonic()
-        self._started = False
-        self._opened = False
+        self._started = self._opened = False
 
     def begin(self, engine: Engine) -> None:
         """Give the request to the engine. Raises PromptError, ContextError."""
@@ -89,22 +88,29 @@ class Reply:
         """The event's frames. What comes after a stop string is not shown; the last event comes all the same."""
         if event.finish is FinishReason.ERROR:
             raise RequestError(500, event.error or "the engine failed", type="server_error", code="internal_error")
-        frames = self._first(event)
+        frames = self._opening(event)
         if event.finish:
             # The end recounts a long thinking text: not in the loop.
-            return frames + await asyncio.to_thread(self.writer.finish, event)
-        if not self.writer.stopped:
+            return frames + await asyncio.to_thread(self._ended, event)
+        if event.token is not None and not self.writer.stopped:
             frames += self.writer.push(event)
         if self.writer.stopped and self._ticket:
             self._ticket.cancel()
         return frames
 
-    def _first(self, event: Event) -> list[Frame]:
-        """The frames that come before those of the first event."""
-        if self._opened or event.usage is None:
+    def _opening(self, event: Event) -> list[Frame]:
+        """What comes before the first token; the engine's first event says how much of the prompt it had."""
+        if self._opened:
             return []
         self._opened = True
-        return self.writer.start(event.usage.prompt_tokens, event.usage.cached_tokens)
+        usage = event.usage or Usage(len(self.exchange.prompt_ids), 0)
+        return list(self.writer.start(usage.prompt_tokens, usage.cached_tokens))
+
+    def _ended(self, event: Event) -> list[Frame]:
+        frames = list(self.writer.finish(event))
+        if event.finish is FinishReason.STOP:
+            self.exchange.remember(self.writer)
+        return frames
 
     def _leave(self) -> None:
         if self._ticket:
@@ -113,7 +119,5 @@ class Reply:
 
 def error_body(error: RequestError) -> bytes:
     """The error as a body after the status line has gone out."""
-    import json
-
     inner = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
     return json.dumps({"error": inner}).encode()
