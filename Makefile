@@ -1,4 +1,5 @@
 # Everything begins from a fresh clone: each target sets up .venv first if it is missing.
+#   make serve    a server with the embedded model on 127.0.0.1:8000
 #   make chat     talk to the embedded model (prompts may be piped in)
 #   make test     the test suite
 #   make check    format, lint, types, import arrows
@@ -11,8 +12,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: .venv chat test test-external check bench
-.DEFAULT_GOAL := chat
+.PHONY: .venv serve chat test test-external check bench
+.DEFAULT_GOAL := serve
 
 .venv: .venv/.ready
 
@@ -34,6 +35,9 @@ BIN := .venv/bin
 .venv/.tools: .venv/.ready
 	$(BIN)/python -m pip install --disable-pip-version-check -c .venv/.constraints -e '.[test,dev]' >&2
 	@touch $@
+
+serve: .venv/.ready
+	@$(BIN)/fathom serve $(ARGS)
 
 chat: .venv/.ready
 	@$(BIN)/fathom chat

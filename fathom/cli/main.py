@@ -14,6 +14,7 @@ from fathom.cli.convert import convert
 from fathom.cli.cost import cost
 from fathom.cli.eval import evaluate
 from fathom.cli.keys import keys
+from fathom.cli.serve import serve
 from fathom.cli.train import train
 from fathom.errors import FathomError
 
@@ -94,6 +95,7 @@ def inspect(
 
 
 # These verbs declare their own options; their modules are as light as this one.
+app.command()(serve)
 app.command()(bench)
 app.command()(convert)
 app.command()(cost)
