@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fathom.api import ChatRequest, Completion, Delta, SamplingParams
 from fathom.cli.screen import Clock, Screen, summary
 from fathom.cli.session import Sampling, check_effort, decoded, open_chat
-from fathom.errors import PromptError
+from fathom.errors import FathomError, PromptError
 
 if TYPE_CHECKING:
     from fathom.encoding.chat import Chat
@@ -68,6 +68,8 @@ def _continued(chat: Chat, ids: list[int], params: SamplingParams) -> Iterator[D
     tokenizer = chat.codec.tokenizer
     text, seen = TextStream(tokenizer), []
     for event in chat.engine.generate(ids, params):
+        if event.error:
+            raise FathomError(event.error)
         if event.token is not None:
             seen.append(event.token)
             yield Delta(text=text.push(event.token))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from fathom.api import ChatRequest, Completion, Delta, Engine, Event, FinishReason, Usage
 from fathom.encoding.codec import AnswerReader, Codec
+from fathom.errors import FathomError
 
 
 class Chat:
@@ -17,7 +18,10 @@ class Chat:
         self.codec = codec
 
     def stream(self, request: ChatRequest) -> Iterator[Delta | Completion]:
-        """The answer in pieces as they are sampled; the last item is the whole. Raises PromptError, ContextError."""
+        """The answer in pieces as they are sampled; the last item is the whole.
+
+        Raises PromptError, ContextError; FathomError with the engine's own line when it fails in the middle.
+        """
         prompt, request = self._prepare(request)
         reading = _Reading(self.codec.reader(prompt))
         for event in self.engine.generate(prompt, request.params):
@@ -59,6 +63,8 @@ class _Reading:
         self.usage = Usage(0, 0)
 
     def push(self, event: Event) -> Delta:
+        if event.error:
+            raise FathomError(event.error)
         if event.token is not None:
             self.ids.append(event.token)
             return self.reader.push(event.token)
