@@ -64,6 +64,7 @@ class AnswerWriter:
         self._logprobs: list[tuple[bool, dict[str, Any]]] = []
         self._all_logprobs: dict[str, list[dict[str, Any]]] = {}
         self._sequence = 0
+        self._control = frozenset(codec.tokenizer.added.values())
         self.ids: list[int] = []
         self.stopped = False
 
@@ -92,7 +93,7 @@ class AnswerWriter:
         """The frames of one sampled token."""
         assert event.token is not None
         self.ids.append(event.token)
-        if self.form.logprobs and event.logprob:
+        if self.form.logprobs and event.logprob and event.token not in self._control:
             self._logprobs.append((self._guard.thinking, self._entry(event.token, event.logprob)))
         return self._pass(self._guard.push(event.token))
 

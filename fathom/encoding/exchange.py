@@ -101,6 +101,8 @@ class _Conversing(Exchange):
         self.budget = _budget(body)
         body = normalise.NORMALISERS[protocol]({**body, "model": _LIBRARY_MODEL}, desk.strict)
         self.forced = None if desk.strict else _take_choice(body, protocol)
+        self._keep_thinking = bool(body.pop(normalise.KEEP_THINKING, False))
+        self._task = _task(body) if protocol == "chat" else None
         self.user = _user(body, protocol, desk.users)
         self._body = body
         self._request = self._converted(body)
@@ -179,7 +181,7 @@ class _Conversing(Exchange):
             rendered = codec.render_conversation(rebuilt)
         except (RuntimeError, ValueError) as error:
             raise PromptError(str(error)) from None
-        self.prompt_ids = _spliced(codec, rendered, turns)
+        self.prompt_ids = _spliced(codec, rendered, turns, self._keep_thinking)
         stage = self.options.thinking_initial_stage
         self.thinking = bool(stage and stage.starts_in_reasoning())
         if rendered.prompt.endswith(f"<{DSML}tool_calls>\n"):
@@ -187,6 +189,16 @@ class _Conversing(Exchange):
         elif self._prefilled:
             self.options.thinking_initial_stage = recipe.ThinkingInitialStage.ContentContinuation
             self.thinking = False
+        if self._task:
+            self._ask_task(self._task)
+
+    def _ask_task(self, task: str) -> None:
+        """A quick instruction: its token takes the place of the answer's header, or follows it. Reference api A.10."""
+        token = self.desk.codec.tokenizer.added.get(f"<｜{task}｜>")
+        if token is None:
+            raise RequestError(400, f"task '{task}' is unknown to this model: leave it out", param="task")
+        self.prompt_ids = [*(self.prompt_ids if task == "action" else self.prompt_ids[:-2]), token]
+        self.options.thinking_initial_stage, self.thinking = None, False
 
     def _rebuilt(self, given: Any) -> tuple[Any, list[tuple[str, Turn]]]:
         """The conversation in the checkpoint's dialect, calls numbered in their order, known turns as placeholders."""
@@ -243,6 +255,12 @@ class _Conversing(Exchange):
         )
 
     def _known(self, message: Any) -> Turn | None:
+        """The turn as it was sampled; or as it was sent, where its thinking is to stay in the prompt."""
+        if self._keep_thinking and message.reasoning_content and not message.tool_calls:
+            tokenizer, reasoning = self.desk.codec.tokenizer, message.reasoning_content
+            end = tokenizer.added[END_OF_THINKING]
+            said = (*tokenizer.encode(reasoning), end, *tokenizer.encode(message.content))
+            return Turn(said, True, message.content, reasoning, ())
         calls = [(c.name, c.arguments) for c in message.tool_calls or ()]
         ids = [c.id for c in message.tool_calls or ()]
         reasoning = message.reasoning_content
@@ -327,14 +345,14 @@ class _Conversing(Exchange):
         return made
 
 
-def _spliced(codec: Codec, rendered: Any, turns: Sequence[tuple[str, Turn]]) -> list[int]:
+def _spliced(codec: Codec, rendered: Any, turns: Sequence[tuple[str, Turn]], keep_thinking: bool) -> list[int]:
     """The prompt's ids, each placeholder replaced by the ids that were sampled for it."""
     text, ranges, at = rendered.prompt, rendered.special_ranges, 0
     ids: list[int] = []
     for sentinel, turn in turns:
         place = text.index(sentinel, at)
         ids += codec.tokenizer.splice(text[at:place], _within(ranges, at, place))
-        ids = _joined(codec, ids, turn)
+        ids = _joined(codec, ids, turn, keep_thinking)
         at = place + len(sentinel)
     return ids + codec.tokenizer.splice(text[at:], _within(ranges, at, len(text)))
 
@@ -343,10 +361,12 @@ def _within(ranges: Sequence[tuple[int, int]], begin: int, end: int) -> list[tup
     return [(a - begin, b - begin) for a, b in ranges if begin <= a and b <= end]
 
 
-def _joined(codec: Codec, ids: list[int], turn: Turn) -> list[int]:
+def _joined(codec: Codec, ids: list[int], turn: Turn, keep_thinking: bool) -> list[int]:
     """A turn behind its header: with its thinking where the header opens one, else what came after it."""
     added = codec.tokenizer.added
     think, end = added["<think>"], added[END_OF_THINKING]
+    if keep_thinking and turn.thinking and ids[-2:-1] != [think]:
+        return [*ids[:-1], think, *turn.ids]
     if turn.thinking and ids[-2:] == [think, end]:
         return ids[:-1] + list(turn.ids)
     shown = turn.ids[turn.ids.index(end) + 1 :] if turn.thinking and end in turn.ids else turn.ids
@@ -390,6 +410,14 @@ def _budget(body: Mapping[str, Any]) -> int | None:
     thinking = body.get("thinking")
     budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
     return budget if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0 else None
+
+
+def _task(body: dict[str, Any]) -> str | None:
+    """The quick instruction on the last message, taken off; an answer that carries one is not continued."""
+    turns = body.get("messages")
+    last = turns[-1] if isinstance(turns, list) and turns else {}
+    task = last.pop("task", None) if isinstance(last, dict) else None
+    return task if isinstance(task, str) else None
 
 
 def _user(body: Mapping[str, Any], protocol: str, isolate_messages: bool) -> str:

@@ -98,6 +98,8 @@ class Guard:
 
     def finish(self, reason: FinishReason) -> list[Any]:
         """What was held back, and the end of whatever is open; an answer cut by its length stays open."""
+        if reason is FinishReason.LENGTH and _MARK in self._held and self._may_be_tag():
+            self._held = self._newlines = ""  # a tag cut in two, and the layout before it
         chunks = list(self._read(final=True))
         if reason is FinishReason.LENGTH:
             return chunks + (list(self._held_value(cut=True)) if self._state is _In.HELD else [])
@@ -128,9 +130,7 @@ class Guard:
         if _OPEN.match(self._held) or _INVOKE.match(self._held):
             self._state = _In.BLOCK if self._tools else _In.DROPPED
             return iter(())
-        if not final and self._may_be_tag():
-            return None
-        return self._skip_tag()
+        return None if self._cut_tag(final) else self._skip_tag()
 
     def _block(self, final: bool) -> Iterator[Any] | None:
         """Between calls; until one has begun nothing is sure."""
@@ -168,7 +168,7 @@ class Guard:
             return self._closed(_In.BLOCK)
         if any(tag.match(self._held) for tag in (_INVOKE, _OPEN, _CLOSE["tool_calls"])):
             return self._closed(_In.BLOCK)
-        if not self._held or (not final and self._may_be_tag()):
+        if not self._held or self._cut_tag(final):
             return None
         return self._bare(final)
 
@@ -217,6 +217,13 @@ class Guard:
         broken = _MARK in inside[1:] or _END in inside or "\n" in inside or len(inside) > _LONGEST_TAG
         return begun and not broken and not (">" in inside and inside.count('"') % 2 == 0)
 
+    def _cut_tag(self, final: bool) -> bool:
+        """Whether what is held is the beginning of a tag; at the end of an answer it goes, for it was no text."""
+        if not self._may_be_tag():
+            return False
+        self._held = "" if final else self._held
+        return True
+
     def _skip_tag(self) -> Iterator[Any]:
         """A tag out of place goes; of something that only begins like one, the control token goes."""
         found = next((m for tag in _TAGS if (m := tag.match(self._held))), None)
@@ -232,7 +239,7 @@ class Guard:
         if any(tag.match(self._held) for tag in _TAGS):
             # The closing tag is missing; a line end before another tag is layout.
             return self._end_parameter(self._take_newlines().removesuffix("\n"))
-        if not final and self._may_be_tag():
+        if self._cut_tag(final):
             return None
         if self._held[0] in (_MARK, _END):
             self._held = self._held[1:]

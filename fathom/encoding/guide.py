@@ -20,6 +20,9 @@ Schema = Mapping[str, Any]
 
 ANY_OBJECT: Schema = {"type": "object"}
 
+_COMPACT: Schema = {"x-guidance": {"whitespace_flexible": False}}
+"""JSON without optional white space, of which a model that is lost could write for ever."""
+
 _JSON_TYPES = ("integer", "number", "boolean", "null", "array", "object")
 
 
@@ -48,7 +51,7 @@ class Grammars:
 
     def json(self, schema: Schema) -> Any:
         """A matcher for one JSON value that fits `schema`."""
-        return self._matcher(f"start: %json {json.dumps(schema)}\n", "the schema")
+        return self._matcher(f"start: %json {json.dumps({**_COMPACT, **schema})}\n", "the schema")
 
     def calls(self, functions: Sequence[Function], opening: str) -> Any:
         """A matcher for a block of calls; `opening`: what of its beginning is still to come.
@@ -100,7 +103,7 @@ class Grammars:
         return f'"true\\">" {text} {self.mark} "parameter>\\n"'
 
     def _value(self, schema: Schema) -> str:
-        wanted = dict(schema) or {"type": list(_JSON_TYPES)}
+        wanted = {**_COMPACT, **(schema or {"type": list(_JSON_TYPES)})}
         return f'"false\\">" %json {json.dumps(wanted)} "</" {self.mark} "parameter>\\n"'
 
     def _matcher(self, lark: str, what: str) -> Any:

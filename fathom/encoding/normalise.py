@@ -15,6 +15,12 @@ Body = dict[str, Any]
 
 MOST_TOOLS = 128
 
+KEEP_THINKING = "keep_thinking"
+"""Set in a body whose client wants the thinking of earlier turns to stay in the prompt, tools or not."""
+
+_UNENFORCED = ("minLength", "maxLength", "minItems", "maxItems")
+"""Keywords that a strict schema may not have. Reference api B.4."""
+
 _BILLING = "x-anthropic-billing-header"
 
 
@@ -49,6 +55,10 @@ def chat(body: Body, strict: bool) -> Body:
             body.pop("top_logprobs", None)
     if "tools" in body:
         body["tools"] = [_chat_tool(tool) for tool in _tools(body)]
+    form = body.get("response_format")
+    if isinstance(form, dict) and isinstance(form.get("json_schema"), dict):
+        inner = form["json_schema"]
+        body["response_format"] = {**form, "json_schema": {**inner, "schema": strict_schema(inner.get("schema"))}}
     if isinstance(body.get("messages"), list):
         body["messages"] = _attach_results([_chat_message(m) for m in _placed(body["messages"])])
     return body
@@ -79,6 +89,9 @@ def responses(body: Body, strict: bool) -> Body:
         body["instructions"] = _without_billing(body["instructions"])
     if isinstance(body.get("tools"), list):
         body["tools"] = [_with_object(t, "parameters") if t.get("type") == "function" else t for t in _tools(body)]
+    text = body.get("text")
+    if isinstance(text, dict) and isinstance(text.get("format"), dict) and "schema" in text["format"]:
+        body["text"] = {**text, "format": {**text["format"], "schema": strict_schema(text["format"]["schema"])}}
     if isinstance(body.get("input"), list):
         body["input"] = _outputs_in_order([_responses_item(item) for item in body["input"]])
     return body
@@ -98,14 +111,16 @@ def text_of(content: Any) -> str:
         return content
     if isinstance(content, dict):
         content = [content]
-    return "\n\n".join(_part_text(part) for part in content if part) if isinstance(content, list) else str(content)
+    if not isinstance(content, list):
+        raise RequestError(400, f"content must be a string or a list of parts, not {_shown(content)}", param="content")
+    return "\n\n".join(_part_text(part) for part in content if part)
 
 
 def _part_text(part: Any) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        return str(part)
+        raise RequestError(400, f"a part of content must be an object, not {_shown(part)}", param="content")
     for key in ("text", "refusal", "input_text", "output_text"):
         if isinstance(part.get(key), str):
             return str(part[key])
@@ -115,6 +130,11 @@ def _part_text(part: Any) -> str:
     if part.get("type") == "search_result":
         return text_of(part.get("content"))
     return f"[Unsupported {part.get('type', 'part')}]"
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, as JSON and not too long."""
+    return json.dumps(value)[:60]
 
 
 def _no_constant(name: str) -> Any:
@@ -143,6 +163,8 @@ def _template_options(body: Body) -> None:
         body.setdefault("thinking", {"type": "enabled" if switch else "disabled"})
     if isinstance(options.get("reasoning_effort"), str):
         body.setdefault("reasoning_effort", options["reasoning_effort"])
+    if options.get("drop_thinking") is False:
+        body[KEEP_THINKING] = True
 
 
 def _thinking(body: Body) -> None:
@@ -150,8 +172,9 @@ def _thinking(body: Body) -> None:
     given = body.get("thinking")
     if given is None:
         return
-    kind = given.get("type") if isinstance(given, dict) else given
-    off = kind in ("disabled", "none", False)
+    if not isinstance(given, dict | bool):
+        raise RequestError(400, 'thinking must be {"type": "enabled"} or {"type": "disabled"}', param="thinking")
+    off = given is False or (isinstance(given, dict) and given.get("type") in ("disabled", "none"))
     body["thinking"] = {"type": "disabled" if off else "enabled"}
 
 
@@ -166,7 +189,35 @@ def _tools(body: Body) -> list[Body]:
 
 def _chat_tool(tool: Body) -> Body:
     function = tool.get("function")
-    return {**tool, "function": _with_object(function, "parameters")} if isinstance(function, dict) else tool
+    if not isinstance(function, dict):
+        return tool
+    function = _with_object(function, "parameters")
+    if function.get("strict"):
+        function["parameters"] = strict_schema(function.get("parameters"))
+    return {**tool, "function": function}
+
+
+def strict_schema(schema: Any) -> Any:
+    """A schema that is to be enforced, types filled in where `enum` or `const` imply them. Raises RequestError."""
+    if isinstance(schema, list):
+        return [strict_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if found := next((key for key in _UNENFORCED if key in schema and not isinstance(schema[key], dict)), None):
+        raise RequestError(400, f"a strict schema may not have '{found}': leave it out, or strict", param="tools")
+    schema = {key: value if key in ("enum", "const") else strict_schema(value) for key, value in schema.items()}
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if isinstance(values, list) and values and "type" not in schema:
+        kinds = sorted({_json_type(value) for value in values})
+        schema = {"type": kinds[0] if len(kinds) == 1 else kinds, **schema}
+    return schema
+
+
+def _json_type(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array"))
+    return next((name for kind, name in names if isinstance(value, kind)), "object")
 
 
 def _with_object(tool: Body, key: str) -> Body:
@@ -258,9 +309,9 @@ def _messages_tool(tool: Body) -> Body:
 
 def _messages_turn(turn: Body) -> Body:
     content = turn.get("content")
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     if not isinstance(blocks, list):
-        blocks = []
+        raise RequestError(400, f"content must be a string or a list of blocks, not {_shown(content)}", param="content")
     kept = [_block(b) for b in blocks if isinstance(b, dict) and b.get("type") != "redacted_thinking"]
     kept = [b for b in kept if b.get("type") != "text" or b["text"]] or [{"type": "text", "text": ""}]
     return {"role": turn.get("role"), "content": kept}

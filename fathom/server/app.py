@@ -69,6 +69,7 @@ def create_app(engine: Engine, desk: Desk, *, settings: ServerSettings | None = 
             openapi_extra=count,
         )
         app.add_api_route(f"{prefix}/models", server.models, methods=["GET"], include_in_schema=shown)
+    app.add_api_route("/user/balance", server.balance, methods=["GET"])
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/ready", server.ready, methods=["GET"])
     app.add_exception_handler(404, _not_found)
@@ -130,6 +131,12 @@ class Server:
             for name in self.desk.served
         ]
         return JSONResponse({"object": "list", "data": items, "has_more": False})
+
+    async def balance(self) -> Response:
+        """Money left: without budgets, as much as nobody can spend."""
+        amounts = {name: "1000000.00" for name in ("total_balance", "granted_balance")}
+        info = {"currency": "USD", **amounts, "topped_up_balance": "0.00"}
+        return JSONResponse({"is_available": True, "balance_infos": [info]})
 
     async def health(self) -> Response:
         """The process lives."""

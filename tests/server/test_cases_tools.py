@@ -87,7 +87,9 @@ def test_case_47_long_arguments_are_streamed(site: Site) -> None:
     site.script("Hm.</think>" + block(invoke("write", ("text", "true", LONG))))
     tools: Any = [function("write", text="string")]
     pieces = []
-    with site.openai().chat.completions.stream(model=MODEL, messages=[user("Go")], tools=tools) as stream:
+    with site.openai().chat.completions.stream(
+        model=MODEL, messages=[user("Go")], tools=tools, max_tokens=4000
+    ) as stream:
         for event in stream:
             if event.type == "chunk":
                 pieces += [p for c in event.chunk.choices for p in c.delta.tool_calls or ()]
@@ -276,12 +278,14 @@ def test_case_59_how_many_tools(site: Site) -> None:
     assert "128" in refused.json()["error"]["message"] and "129" in refused.json()["error"]["message"]
 
 
-def test_case_60_json_after_free_thinking(real: Site) -> None:
-    fields = {"response_format": {"type": "json_object"}, "temperature": 0, "max_tokens": 400}
-    choice = real.chat("What is 12 + 34? Answer in JSON.", **fields).json()["choices"][0]
+@pytest.mark.parametrize("said", ['{"sum": 46, "ok": tru}', "It is 46.", "[1, 2", '{"a": "b</think>', ""])
+def test_case_60_json_after_free_thinking(site: Site, said: str) -> None:
+    """Whatever the model wants to say, its thinking is free and its answer is an object."""
+    site.urge("Let me {see</think>" + said)
+    choice = site.chat("In JSON, please.", response_format={"type": "json_object"}).json()["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert isinstance(json.loads(choice["message"]["content"]), dict)
-    assert choice["message"]["reasoning_content"]
+    assert choice["message"]["reasoning_content"] == "Let me {see"
 
 
 class Verdict(BaseModel):
