@@ -16,7 +16,7 @@ import uvicorn
 from anthropic import Anthropic
 from openai import OpenAI
 
-from fathom.api import Engine, Event, FinishReason, GenerateRequest, SamplingParams, Status, Ticket
+from fathom.api import Engine, Event, FinishReason, GenerateRequest, Guide, SamplingParams, Status, Ticket
 from fathom.encoding.codec import Codec
 from fathom.engine.stub import Script, ScriptedEngine
 from fathom.server.app import create_app
@@ -83,6 +83,14 @@ class Site:
 
     def prompt_text(self, place: int = -1) -> str:
         return self.codec.tokenizer.decode(self.prompt(place))
+
+    def urge(self, answer: str) -> None:
+        """From now on the engine says this as far as each request's guide lets it, then ends as soon as it may."""
+
+        def line(_: Sequence[int]) -> list[int]:
+            return urged(stub.requests[-1].guide, self.ids(answer), self.codec)
+
+        self.relay.inner = stub = ScriptedEngine([line])
 
     def break_down(self) -> None:
         """From now on the engine says two tokens and then fails."""
@@ -152,6 +160,26 @@ def block(*invokes: str) -> str:
 PARIS = invoke("get_weather", ("city", "true", "Paris"), ("days", "false", 2))
 ROME = invoke("get_weather", ("city", "true", "Rome"))
 
+
+def urged(guide: Guide | None, wanted: list[int], codec: Codec) -> list[int]:
+    """The wanted ids while the guide allows them; from the first that it refuses, the shortest way to an end."""
+    assert guide is not None
+    end = codec.tokenizer.added["<｜end▁of▁sentence｜>"]
+    closing = [end, *(codec.tokenizer.encode(sign)[0] for sign in '"}]:0')]
+    said: list[int] = []
+    while len(said) < 500:
+        mask = guide.allowed() or b"\xff" * codec.tokenizer.size
+        may = [i for i in range(codec.tokenizer.size) if mask[i // 8] >> i % 8 & 1]
+        if not wanted or wanted[0] not in may:
+            wanted = [next((i for i in closing if i in may), may[0])]
+        token, wanted = wanted[0], wanted[1:]
+        guide.accept(token)
+        if token == end:
+            return said
+        said.append(token)
+    raise AssertionError("the guide lets no answer end")
+
+
 MARKUP = ("DSML", "<think>", "</think>", "<｜", "｜>")
 """None of these may be seen in an answer that does not quote it."""
 
@@ -207,7 +235,7 @@ def serving(engine: Engine, codec: Codec, desk: Any, settings: Any) -> Iterator[
     """A server for these on a free port, until the block ends."""
     relay = Relay(engine)
     app = create_app(relay, desk, settings=settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     assert eventually(lambda: server.started, 20)

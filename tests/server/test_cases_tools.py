@@ -280,12 +280,13 @@ def test_case_59_how_many_tools(site: Site) -> None:
 
 @pytest.mark.parametrize("said", ['{"sum": 46, "ok": tru}', "It is 46.", "[1, 2", '{"a": "b</think>', ""])
 def test_case_60_json_after_free_thinking(site: Site, said: str) -> None:
-    """Whatever the model wants to say, its thinking is free and its answer is an object."""
-    site.urge("Let me {see</think>" + said)
-    choice = site.chat("In JSON, please.", response_format={"type": "json_object"}).json()["choices"][0]
+    """Whatever a model would like to say: the mask leaves it nothing but an object once its thinking has ended."""
+    site.urge(f"It is a sum.</think>{said}")
+    fields = {"response_format": {"type": "json_object"}, "max_tokens": 2000}
+    choice = site.chat("What is 12 + 34? Answer in JSON.", **fields).json()["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert isinstance(json.loads(choice["message"]["content"]), dict)
-    assert choice["message"]["reasoning_content"] == "Let me {see"
+    assert choice["message"]["reasoning_content"]
 
 
 class Verdict(BaseModel):
