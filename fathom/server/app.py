@@ -10,7 +10,6 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -18,6 +17,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fathom.api import Engine
 from fathom.encoding.exchange import Desk, Exchange
 from fathom.errors import ContextError, FathomError, RequestError
+from fathom.server.openapi import bodies
 from fathom.server.reply import Reply
 
 PREFIXES = ("", "/v1", "/beta", "/anthropic", "/anthropic/v1")
@@ -54,19 +54,19 @@ def create_app(engine: Engine, desk: Desk, *, settings: ServerSettings | None = 
     """The application over one engine and one prompt format."""
     app = FastAPI(title="Fathom", version="1", docs_url=None, redoc_url=None)
     server = Server(engine, desk, settings or ServerSettings())
+    described = bodies(desk.served)
     for prefix in PREFIXES:
         shown = prefix == "/v1"
         for path, protocol in PROTOCOLS.items():
             route = server.answering(protocol, beta=prefix == "/beta")
-            described = {"requestBody": _BODIES[protocol]}
-            app.add_api_route(prefix + path, route, methods=["POST"], include_in_schema=shown, openapi_extra=described)
-        count = {"requestBody": _BODIES["messages"]}
+            extra = {"requestBody": described[protocol]}
+            app.add_api_route(prefix + path, route, methods=["POST"], include_in_schema=shown, openapi_extra=extra)
         app.add_api_route(
             f"{prefix}/messages/count_tokens",
             server.guarded("messages", server.count_tokens),
             methods=["POST"],
             include_in_schema=shown,
-            openapi_extra=count,
+            openapi_extra={"requestBody": described["count_tokens"]},
         )
         app.add_api_route(f"{prefix}/models", server.models, methods=["GET"], include_in_schema=shown)
     app.add_api_route("/user/balance", server.balance, methods=["GET"])
@@ -237,18 +237,3 @@ def _identity(protocol: str) -> str:
     """An id as the protocol's own look."""
     unique = uuid.uuid4()
     return {"messages": f"msg_{unique.hex}", "responses": f"resp_{unique.hex}"}.get(protocol, str(unique))
-
-
-def _body_of(**properties: Any) -> dict[str, Any]:
-    schema = {"type": "object", "properties": properties, "required": list(properties)}
-    return {"required": True, "content": {"application/json": {"schema": schema}}}
-
-
-_MESSAGES = {"type": "array", "minItems": 1, "items": {"type": "object"}}
-_TEXT = {"type": "string"}
-_BODIES = {
-    "chat": _body_of(model=_TEXT, messages=_MESSAGES),
-    "completions": _body_of(model=_TEXT, prompt=_TEXT),
-    "responses": _body_of(model=_TEXT, input=_TEXT),
-    "messages": _body_of(model=_TEXT, max_tokens={"type": "integer", "minimum": 1}, messages=_MESSAGES),
-}
