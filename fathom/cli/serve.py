@@ -5,17 +5,25 @@ from __future__ import annotations
 import ipaddress
 import socket
 import sys
+import tomllib
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fathom.api import Status
+from fathom.cli.keys import default_database
 from fathom.errors import ConfigError
 
 if TYPE_CHECKING:
     from fathom.config import ModelConfig
     from fathom.encoding.codec import Codec
+    from fathom.encoding.exchange import Desk
     from fathom.engine.llm import LLM
+    from fathom.server.books import Books
 
 _GB = 1_000_000_000
 
@@ -26,7 +34,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
     max_context: Annotated[int | None, typer.Option(min=1, help="The most tokens of prompt and answer.")] = None,
     max_seqs: Annotated[int, typer.Option(min=1, help="Requests computed at once; others wait.")] = 64,
-    kv_gb: Annotated[float, typer.Option(help="Memory of the model's cache, in GB.")] = 0.5,
+    kv_gb: Annotated[float, typer.Option(help="Memory of the model's cache, in GB.")] = 0.6,
     kv_host_gb: Annotated[float, typer.Option(help="Memory for prefixes that left the cache, in GB.")] = 0.5,
     kv_disk_dir: Annotated[Path | None, typer.Option(help="A folder for prefixes that survive a restart.")] = None,
     kv_disk_gb: Annotated[float, typer.Option(help="The most that this folder holds, in GB.")] = 4.0,
@@ -37,12 +45,33 @@ def serve(
         bool, typer.Option(help="Messages: no shared prefixes between user_ids.")
     ] = False,
     allow_open: Annotated[bool, typer.Option(help="Listen beyond this machine although anybody may ask.")] = False,
+    database: Annotated[
+        str | None, typer.Option(envvar="FATHOM_DATABASE", help="Keys and ledger: a URL; SQLite in the user's data.")
+    ] = None,
+    bill_as: Annotated[str, typer.Option(help="The model of the price lists whose prices are charged.")] = "",
+    price_list: Annotated[list[Path] | None, typer.Option(help="A price list of your own; repeatable.")] = None,
+    cors: Annotated[list[str] | None, typer.Option(help="An origin that browsers may ask from; repeatable.")] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests at once, waiting ones included.")] = 1024,
+    max_body_mb: Annotated[float, typer.Option(help="The largest body of a request.")] = 64.0,
+    log: Annotated[bool, typer.Option(help="A line of JSON on stderr for every request; never what was said.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(callback=read_config, is_eager=True, help="A TOML file with any of these flags.")
+    ] = None,
 ) -> None:
-    """Serve a model to SDKs and agents: OpenAI's two dialects, Anthropic's, completions."""
+    """Serve a model to SDKs and agents: OpenAI's two dialects, Anthropic's, completions; a chat page at /."""
+    from fathom.encoding.exchange import Desk
+    from fathom.encoding.replay import ReplayStore
     from fathom.engine.engine import Memory
+    from fathom.server.app import ServerSettings, create_app
+    from fathom.server.metrics import Metrics
 
-    if not allow_open and not _loopback(host):
-        raise ConfigError(f"--host {host} is reachable from outside: make keys, or pass --allow-open to let anybody in")
+    settings = ServerSettings(max_requests=max_requests, max_body=int(max_body_mb * 1e6), cors=tuple(cors or ()))
+    books = _open_books(database or default_database(), price_list or [])
+    if not allow_open and not _loopback(host) and not len(books.keyring or ()):
+        raise ConfigError(
+            f"--host {host} is reachable from outside and there are no keys: make one with fathom keys create, "
+            "or pass --allow-open to let anybody in"
+        )
     listening = _listen(host, port)
     folder = kv_disk_dir.expanduser() if kv_disk_dir else None
     memory = Memory(
@@ -53,7 +82,15 @@ def serve(
         slots=max_seqs,
     )
     llm, codec = _load(model, dialect, threads, max_context, memory)
-    _run(listening, llm, codec, model, folder, strict_deepseek_compat, isolate_messages_users)
+    names = served_names(llm.model.config, model)
+    replay = ReplayStore(folder / "replay" if folder else None)
+    desk = Desk(codec, names, llm.context, strict=strict_deepseek_compat, users=isolate_messages_users, replay=replay)
+    books.bill_as = bill_as or ("deepseek-v4-pro" if names[0] == "deepseek-v4-pro" else "deepseek-v4-flash")
+    books.metrics = Metrics(llm.status)
+    books.price(datetime.now(UTC))
+    if log:
+        _log_requests()
+    _run(listening, create_app(llm, desk, settings=settings, books=books), llm, books, desk)
 
 
 def _load(
@@ -72,28 +109,64 @@ def _load(
     return llm, codec
 
 
-def _run(
-    listening: socket.socket, llm: LLM, codec: Codec, model: str, folder: Path | None, strict: bool, users: bool
-) -> None:
+def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk) -> None:
     import uvicorn
 
-    from fathom.encoding.exchange import Desk
-    from fathom.encoding.replay import ReplayStore
-    from fathom.server.app import create_app
-
-    replay = ReplayStore(folder / "replay" if folder else None)
-    names = served_names(llm.model.config, model)
-    desk = Desk(codec, names, llm.context, strict=strict, users=users, replay=replay)
-    config = uvicorn.Config(
-        create_app(llm, desk), log_level="warning", timeout_graceful_shutdown=30, timeout_keep_alive=75, ws="none"
-    )
-    server = uvicorn.Server(config)
-    print(_welcome(listening, names), file=sys.stderr, flush=True)
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, timeout_keep_alive=75, ws="none")
+    print(_welcome(listening, desk.served, bool(len(books.keyring or ()))), file=sys.stderr, flush=True)
     try:
-        server.run(sockets=[listening])
+        uvicorn.Server(settings).run(sockets=[listening])
     finally:
         llm.close()
-        replay.close()
+        desk.replay.close()
+        if books.meter:
+            books.meter.close()
+
+
+def _open_books(url: str, lists: Sequence[Path]) -> Books:
+    """Keys, ledger and prices. Raises ConfigError before anything is loaded."""
+    from fathom.server.books import Books
+    from fathom.server.database import open_database
+    from fathom.server.keys import Keyring
+    from fathom.server.metering import Meter
+    from fathom.server.metrics import Metrics
+    from fathom.server.prices import LISTS, PriceBook
+
+    prices = PriceBook.load([*sorted(LISTS.glob("*.csv")), *lists])
+    opened = open_database(url)
+    meter = Meter(opened, _journal(url))
+    return Books(Metrics(Status), prices, "deepseek-v4-flash", meter, Keyring(opened))
+
+
+def _journal(url: str) -> Path:
+    """Where finished requests wait for the database: beside an SQLite file, else in the user's data."""
+    if url.startswith("sqlite:///"):
+        return Path(url.removeprefix("sqlite:///") + ".journal")
+    name = sha256(url.encode()).hexdigest()[:16]
+    return Path.home() / ".local" / "share" / "fathom" / f"{name}.journal"
+
+
+def _log_requests() -> None:
+    import logging
+
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("fathom.requests").setLevel(logging.INFO)
+
+
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the flags of a TOML file as defaults: what stands on the command line wins. Raises ConfigError."""
+    if path is None:
+        return None
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    known = {name.lstrip("-").replace("-", "_"): p.name for p in context.command.params for name in p.opts}
+    given = {key.replace("-", "_"): value for key, value in found.items()}
+    if unknown := sorted(set(given) - set(known)):
+        raise ConfigError(f"--config {path}: unknown setting '{unknown[0]}'; known are {', '.join(sorted(known))}")
+    context.default_map = {**{known[key]: value for key, value in given.items()}, **(context.default_map or {})}
+    return path
 
 
 def served_names(config: ModelConfig, model: str) -> tuple[str, ...]:
@@ -127,17 +200,18 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _welcome(listening: socket.socket, names: tuple[str, ...]) -> str:
+def _welcome(listening: socket.socket, names: tuple[str, ...], keys: bool) -> str:
+    key = "KEY" if keys else "none"
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    return f"""Fathom serves {names[-1]} on {url}  (Ctrl-C stops)
+    return f"""Fathom serves {names[-1]} on {url}  (the page is there, too; Ctrl-C stops)
 
   curl {url}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{{"model": "{names[-1]}", "messages": [{{"role": "user", "content": "hello"}}]}}'
 
-  OpenAI SDK    base_url="{url}/v1", api_key="none"
-  Anthropic SDK base_url="{url}/anthropic", api_key="none"
-  Claude Code   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=none ANTHROPIC_MODEL={names[0]} claude
+  OpenAI SDK    base_url="{url}/v1", api_key="{key}"
+  Anthropic SDK base_url="{url}/anthropic", api_key="{key}"
+  Claude Code   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} ANTHROPIC_MODEL={names[0]} claude
   Codex         codex -c model_provider=fathom -c 'model_providers.fathom={{name="Fathom", base_url="{url}/v1", \
 wire_api="responses"}}' -m {names[0]}
 """

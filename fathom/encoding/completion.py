@@ -21,8 +21,8 @@ _LONGEST = 4096
 class Completions(Exchange):
     """A request of the completions endpoint."""
 
-    def __init__(self, body: dict[str, Any], desk: Desk) -> None:
-        self.protocol, self.desk, self.thinking = "completions", desk, False
+    def __init__(self, body: dict[str, Any], desk: Desk, key: str) -> None:
+        self.protocol, self.desk, self.key, self.thinking = "completions", desk, key, False
         self.model = desk.model(body.get("model"), "completions")
         self.stream = bool(body.get("stream"))
         self.prompt = _one(body.get("prompt"))

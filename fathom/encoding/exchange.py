@@ -71,14 +71,14 @@ class Exchange:
     thinking: bool
 
     @staticmethod
-    def open(protocol: str, raw: bytes, desk: Desk, *, beta: bool = False) -> Exchange:
-        """Read a body. Raises RequestError, ContextError."""
+    def open(protocol: str, raw: bytes, desk: Desk, *, beta: bool = False, key: str = "") -> Exchange:
+        """Read a body; nothing is shared between requests of different keys. Raises RequestError, ContextError."""
         body = normalise.parse(raw)
         if protocol == "completions":
             from fathom.encoding.completion import Completions
 
-            return Completions(body, desk)
-        return _Conversing(protocol, body, desk)
+            return Completions(body, desk, key)
+        return _Conversing(protocol, body, desk, key)
 
     def generate(self) -> GenerateRequest:
         """For the engine."""
@@ -95,8 +95,8 @@ class Exchange:
 class _Conversing(Exchange):
     """Chat Completions, Messages, Responses."""
 
-    def __init__(self, protocol: str, body: dict[str, Any], desk: Desk) -> None:
-        self.protocol, self.desk = protocol, desk
+    def __init__(self, protocol: str, body: dict[str, Any], desk: Desk, key: str) -> None:
+        self.protocol, self.desk, self.key = protocol, desk, key
         self.model = desk.model(body.get("model"), protocol)
         self.budget = _budget(body)
         body = normalise.NORMALISERS[protocol]({**body, "model": _LIBRARY_MODEL}, desk.strict)
@@ -116,7 +116,7 @@ class _Conversing(Exchange):
     @property
     def namespace(self) -> str:
         """Who shares prefixes with this request."""
-        return f"{self.desk.codec.settings.dialect}/{self.user}"
+        return json.dumps([self.desk.codec.settings.dialect, self.key, self.user])
 
     def generate(self) -> GenerateRequest:
         """For the engine."""

@@ -6,6 +6,7 @@ The library refuses much that agents send. Nothing here looks at the prompt's te
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ KEEP_THINKING = "keep_thinking"
 _UNENFORCED = ("minLength", "maxLength", "minItems", "maxItems")
 """Keywords that a strict schema may not have. Reference api B.4."""
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
 _BILLING = "x-anthropic-billing-header"
 
 
@@ -28,6 +31,10 @@ def parse(raw: bytes) -> Body:
     """The JSON object of a request. Raises RequestError for anything else."""
     try:
         body = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        if _SURROGATE.search(raw):
+            json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError(400, "Failed to deserialize the JSON body: half of a surrogate pair is no text") from None
     except UnicodeDecodeError as error:
         place = f"byte 0x{raw[error.start]:02x} at place {error.start}"
         raise RequestError(400, f"Failed to deserialize the JSON body: it is not UTF-8 ({place})") from None
@@ -87,7 +94,7 @@ def responses(body: Body, strict: bool) -> Body:
     body = _without_nulls(body)
     if isinstance(body.get("instructions"), str):
         body["instructions"] = _without_billing(body["instructions"])
-    if isinstance(body.get("tools"), list):
+    if "tools" in body:
         body["tools"] = [_with_object(t, "parameters") if t.get("type") == "function" else t for t in _tools(body)]
     text = body.get("text")
     if isinstance(text, dict) and isinstance(text.get("format"), dict) and "schema" in text["format"]:
@@ -137,6 +144,14 @@ def _shown(value: Any) -> str:
     return json.dumps(value)[:60]
 
 
+def _identity(holder: Body, key: str) -> str:
+    """The id of a call, or of the call that a result belongs to."""
+    value = holder.get(key, "")
+    if not isinstance(value, str):
+        raise RequestError(400, f"{key} must be a string, not {_shown(value)}", param=key)
+    return value
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
@@ -182,6 +197,9 @@ def _tools(body: Body) -> list[Body]:
     tools = body["tools"]
     if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
         raise RequestError(400, "tools must be a list of objects", param="tools")
+    for holder in (*tools, body.get("tool_choice")):
+        if isinstance(holder, dict) and not isinstance(holder.get("function") or {}, dict):
+            raise RequestError(400, f"function must be an object, not {_shown(holder['function'])}", param="tools")
     if len(tools) > MOST_TOOLS:
         raise RequestError(400, f"{len(tools)} tools are too many: at most {MOST_TOOLS} are allowed", param="tools")
     return tools
@@ -260,17 +278,19 @@ def _chat_message(turn: Body) -> Body:
     turn["content"] = text_of(turn.get("content"))
     if role == "system":
         turn["content"] = _without_billing(turn["content"])
-    if not turn.get("tool_calls"):
-        turn.pop("tool_calls", None)
-    if isinstance(turn.get("tool_calls"), list):
-        turn["tool_calls"] = [_chat_call(call) for call in turn["tool_calls"]]
-    return turn
+    if role == "tool":
+        turn["tool_call_id"] = _identity(turn, "tool_call_id")
+    calls = turn.pop("tool_calls", None)
+    if calls and not isinstance(calls, list):
+        raise RequestError(400, f"tool_calls must be a list, not {_shown(calls)}", param="messages")
+    return {**turn, "tool_calls": [_chat_call(call) for call in calls]} if calls else turn
 
 
 def _chat_call(call: Any) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
-        return call
+        raise RequestError(400, f"a tool call needs its function, not {_shown(call)}", param="messages")
+    _identity(call, "id")
     arguments = function.get("arguments")
     text = arguments if isinstance(arguments, str) else json.dumps({} if arguments is None else arguments)
     return {**call, "type": "function", "function": {**function, "arguments": text}}
@@ -278,25 +298,22 @@ def _chat_call(call: Any) -> Any:
 
 def _attach_results(turns: Sequence[Body]) -> list[Body]:
     """Each call's result directly after it, in the calls' order; a missing one is empty, one without a call is text."""
-    results = {t.get("tool_call_id"): t for t in turns if t.get("role") == "tool"}
+    results = {t["tool_call_id"]: t for t in turns if t.get("role") == "tool"}
+    called = {_identity(c, "id") for t in turns for c in t.get("tool_calls") or ()}
     placed: list[Body] = []
-    used: set[Any] = set()
+    used: set[str] = set()
     for turn in turns:
         if turn.get("role") == "tool":
-            if turn.get("tool_call_id") not in _called(turns):
+            if turn["tool_call_id"] not in called:
                 placed.append({"role": "user", "content": turn["content"]})
             continue
         placed.append(turn)
-        for id in (c.get("id") for c in turn.get("tool_calls") or () if isinstance(c, dict)):
+        for id in (_identity(c, "id") for c in turn.get("tool_calls") or ()):
             if id not in used:
                 used.add(id)
                 found = results.get(id, {"content": ""})
                 placed.append({"role": "tool", "tool_call_id": id, "content": found["content"]})
     return placed
-
-
-def _called(turns: Sequence[Body]) -> set[Any]:
-    return {c.get("id") for t in turns for c in t.get("tool_calls") or () if isinstance(c, dict)}
 
 
 # --- messages
@@ -324,7 +341,7 @@ def _block(block: Body) -> Body:
     if kind == "tool_use":
         return {k: block[k] for k in ("type", "id", "name", "input") if k in block}
     if kind == "tool_result":
-        return {"type": kind, "tool_use_id": block.get("tool_use_id"), "content": text_of(block.get("content"))}
+        return {"type": kind, "tool_use_id": _identity(block, "tool_use_id"), "content": text_of(block.get("content"))}
     return {"type": "text", "text": _part_text(block)}
 
 
@@ -344,7 +361,7 @@ def _blocks_in_order(turns: Sequence[Body]) -> list[Body]:
             placed.append({"role": "user", "content": given})
             given = []
         calls = [b for b in blocks if b["type"] == "tool_use"] if turn["role"] == "assistant" else []
-        wanted = [b.get("id", "") for b in calls]
+        wanted = [_identity(b, "id") for b in calls]
         texts = [b for b in others if b["type"] != "text" or b["text"] or not (given or calls)]
         placed.append({"role": turn["role"], "content": [*given, *texts, *calls] or [{"type": "text", "text": ""}]})
     if wanted:
@@ -359,6 +376,8 @@ def _blocks_in_order(turns: Sequence[Body]) -> list[Body]:
 def _responses_item(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
+    if _is_call(item) or _is(item, "_call_output"):
+        _identity(item, "call_id")
     if item.get("type", "message") == "message" and isinstance(item.get("content"), list):
         kind = "output_text" if item.get("role") == "assistant" else "input_text"
         return {**item, "content": [{"type": kind, "text": _part_text(part)} for part in item["content"]]}

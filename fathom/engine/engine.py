@@ -36,7 +36,7 @@ class Memory:
     of it halves the longest wait and costs a tenth of the reading speed). Raises ConfigError for what cannot be.
     """
 
-    device: int = 512 << 20
+    device: int = 600_000_000
     host: int = 512 << 20
     disk: int = 4 << 30
     folder: Path | None = None

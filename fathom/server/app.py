@@ -12,12 +12,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from fathom.api import Engine
 from fathom.encoding.exchange import Desk, Exchange
 from fathom.errors import ContextError, FathomError, RequestError
+from fathom.server.books import Books
+from fathom.server.metrics import Metrics
 from fathom.server.openapi import bodies
+from fathom.server.pages import router
+from fathom.server.prices import PriceBook
 from fathom.server.reply import Reply
 
 PREFIXES = ("", "/v1", "/beta", "/anthropic", "/anthropic/v1")
@@ -50,10 +55,17 @@ class ServerSettings:
     cors: tuple[str, ...] = ()
 
 
-def create_app(engine: Engine, desk: Desk, *, settings: ServerSettings | None = None) -> FastAPI:
-    """The application over one engine and one prompt format."""
+def create_app(
+    engine: Engine, desk: Desk, *, settings: ServerSettings | None = None, books: Books | None = None
+) -> FastAPI:
+    """The application over one engine and one prompt format; without books nothing is asked for or kept."""
     app = FastAPI(title="Fathom", version="1", docs_url=None, redoc_url=None)
-    server = Server(engine, desk, settings or ServerSettings())
+    settings = settings or ServerSettings()
+    books = books or Books(Metrics(engine.status), PriceBook.load(), "deepseek-v4-flash")
+    server = Server(engine, desk, settings, books)
+    app.include_router(router(engine, desk, books))
+    if settings.cors:
+        app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors), allow_methods=["*"], allow_headers=["*"])
     described = bodies(desk.served)
     for prefix in PREFIXES:
         shown = prefix == "/v1"
@@ -69,7 +81,7 @@ def create_app(engine: Engine, desk: Desk, *, settings: ServerSettings | None = 
             openapi_extra={"requestBody": described["count_tokens"]},
         )
         app.add_api_route(f"{prefix}/models", server.models, methods=["GET"], include_in_schema=shown)
-    app.add_api_route("/user/balance", server.balance, methods=["GET"])
+    app.add_api_route("/user/balance", server.guarded("chat", server.balance), methods=["GET"])
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/ready", server.ready, methods=["GET"])
     app.add_exception_handler(404, _not_found)
@@ -80,8 +92,8 @@ def create_app(engine: Engine, desk: Desk, *, settings: ServerSettings | None = 
 class Server:
     """The endpoints."""
 
-    def __init__(self, engine: Engine, desk: Desk, settings: ServerSettings) -> None:
-        self.engine, self.desk, self.settings = engine, desk, settings
+    def __init__(self, engine: Engine, desk: Desk, settings: ServerSettings, books: Books) -> None:
+        self.engine, self.desk, self.settings, self.books = engine, desk, settings, books
         self.open = 0
 
     def answering(self, protocol: str, beta: bool) -> Callable[[Request], Awaitable[Response]]:
@@ -101,17 +113,22 @@ class Server:
             try:
                 return await work(request)
             except FathomError as error:
-                return refusal(protocol, error)
+                answer = refusal(protocol, error)
+                self.books.metrics.refused(answer.status_code)
+                return answer
 
         return endpoint
 
     async def generate(self, request: Request, protocol: str, beta: bool) -> Response:
         """Open the exchange, begin the request, answer as a stream or as one body."""
+        key = self.books.identify(request.headers)
         body = await self._body(request)
-        exchange = await self._opened(protocol, body, beta)
+        exchange = await self._opened(protocol, body, beta, key.id if key else "")
         if self.open >= self.settings.max_requests:
             raise _busy(protocol, self.open)
-        reply = Reply(exchange, self.settings, _identity(protocol))
+        identity = _identity(protocol)
+        account = self.books.open(key, identity, protocol, exchange.model)
+        reply = Reply(exchange, self.settings, identity, account)
         reply.begin(self.engine)
         self.open += 1
         if exchange.stream:
@@ -121,7 +138,8 @@ class Server:
 
     async def count_tokens(self, request: Request) -> Response:
         """How many tokens a Messages prompt has."""
-        exchange = await self._opened("messages", await self._body(request), False)
+        key = self.books.identify(request.headers)
+        exchange = await self._opened("messages", await self._body(request), False, key.id if key else "")
         return JSONResponse({"input_tokens": len(exchange.prompt_ids)})
 
     async def models(self) -> Response:
@@ -132,11 +150,9 @@ class Server:
         ]
         return JSONResponse({"object": "list", "data": items, "has_more": False})
 
-    async def balance(self) -> Response:
-        """Money left: without budgets, as much as nobody can spend."""
-        amounts = {name: "1000000.00" for name in ("total_balance", "granted_balance")}
-        info = {"currency": "USD", **amounts, "topped_up_balance": "0.00"}
-        return JSONResponse({"is_available": True, "balance_infos": [info]})
+    async def balance(self, request: Request) -> Response:
+        """Money left."""
+        return JSONResponse(self.books.balance(self.books.identify(request.headers)))
 
     async def health(self) -> Response:
         """The process lives."""
@@ -144,8 +160,12 @@ class Server:
 
     async def ready(self) -> Response:
         """Requests are answered; `notes` is what the user should know."""
-        status = self.engine.status()
-        return JSONResponse({"status": "ready", "running": status.running, "notes": status.notes})
+        status, meter = self.engine.status(), self.books.meter
+        body: dict[str, object] = {"status": "ready", "running": status.running, "notes": status.notes}
+        if meter:
+            body["ledger"] = {"waiting": meter.waiting, "trouble": meter.trouble}
+        full = meter is not None and meter.full
+        return JSONResponse(body | ({"status": "full"} if full else {}), 503 if full else 200)
 
     async def _whole(self, reply: Reply, request: Request) -> Response:
         """One JSON body. If it takes long, the answer begins with blank lines, so that no proxy gives up."""
@@ -169,10 +189,10 @@ class Server:
         finally:
             self.open -= 1
 
-    async def _opened(self, protocol: str, body: bytes, beta: bool) -> Exchange:
+    async def _opened(self, protocol: str, body: bytes, beta: bool, key: str) -> Exchange:
         if len(body) < _LARGE:
-            return Exchange.open(protocol, body, self.desk, beta=beta)
-        return await asyncio.to_thread(Exchange.open, protocol, body, self.desk, beta=beta)
+            return Exchange.open(protocol, body, self.desk, beta=beta, key=key)
+        return await asyncio.to_thread(Exchange.open, protocol, body, self.desk, beta=beta, key=key)
 
     async def _body(self, request: Request) -> bytes:
         most, parts, size = self.settings.max_body, [], 0

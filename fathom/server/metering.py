@@ -59,6 +59,27 @@ class Row:
     amount: Decimal
 
 
+@dataclass(slots=True)
+class Totals:
+    """What one key's requests come to."""
+
+    requests: int = 0
+    hit: int = 0
+    miss: int = 0
+    output: int = 0
+    amount: Decimal = Decimal(0)
+
+    def add(self, hit: int, miss: int, output: int, amount: Decimal) -> None:
+        """One more request."""
+        self.requests += 1
+        self.hit, self.miss, self.output = self.hit + hit, self.miss + miss, self.output + output
+        self.amount += amount
+
+    def shown(self) -> dict[str, Any]:
+        """For a page: the amount as text, exact."""
+        return {**asdict(self), "amount": f"{self.amount.normalize():f}"}
+
+
 class Meter:
     """Books rows and knows what every key has spent.
 
@@ -71,7 +92,7 @@ class Meter:
         self._journal = _open_journal(journal)
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._waiting: dict[str, Row] = {row.id: row for row in _read_journal(self._journal)}
-        self._spent = self._booked_amounts()
+        self.totals = self._booked()
         self._away: str | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="fathom-meter", daemon=True)
@@ -85,13 +106,12 @@ class Meter:
             except OSError as error:  # a full disk: the row waits in memory, which is the best that is left
                 self._away = f"the journal cannot be written: {error.strerror}"
             self._waiting[row.id] = row
-            if row.key:
-                self._spent[row.key] = self._spent.get(row.key, Decimal(0)) + row.amount
+            self.totals.setdefault(row.key, Totals()).add(row.hit, row.miss, row.output, row.amount)
         self._wake.set()
 
     def spent(self, key: str) -> Decimal:
         """USD that requests with this key have cost so far."""
-        return self._spent.get(key, Decimal(0))
+        return self.totals[key].amount if key in self.totals else Decimal(0)
 
     @property
     def full(self) -> bool:
@@ -145,17 +165,15 @@ class Meter:
             if not self._waiting:
                 os.ftruncate(self._journal, 0)
 
-    def _booked_amounts(self) -> dict[str, Decimal]:
-        spent: dict[str, Decimal] = {}
-        known = set(self._waiting)
+    def _booked(self) -> dict[str | None, Totals]:
+        """What the database and the journal hold, each request once."""
+        totals: dict[str | None, Totals] = {}
+        columns = [requests.c[name] for name in ("id", "key", "hit", "miss", "output", "amount")]
         with self._database.connect() as connection:
-            for row in connection.execute(sa.select(requests.c.id, requests.c.key, requests.c.amount)):
-                if row.key and row.id not in known:
-                    spent[row.key] = spent.get(row.key, Decimal(0)) + row.amount
-        for waiting in self._waiting.values():
-            if waiting.key:
-                spent[waiting.key] = spent.get(waiting.key, Decimal(0)) + waiting.amount
-        return spent
+            rows: list[Any] = [r for r in connection.execute(sa.select(*columns)) if r.id not in self._waiting]
+        for row in [*rows, *self._waiting.values()]:
+            totals.setdefault(row.key, Totals()).add(row.hit, row.miss, row.output, row.amount)
+        return totals
 
 
 def _insert_once(database: Engine) -> Any:

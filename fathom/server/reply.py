@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fathom.api import Engine, Event, FinishReason, Ticket, Usage
 from fathom.encoding.exchange import Exchange
 from fathom.errors import RequestError
+from fathom.server.books import Account
 from fathom.server.sse import KEEP_ALIVE, Feed, Frame, frame_bytes
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 class Reply:
     """The answer to one exchange: `begin`, then `stream` or `whole`; leaving either early cancels the request."""
 
-    def __init__(self, exchange: Exchange, settings: ServerSettings, identity: str) -> None:
-        self.exchange, self.settings = exchange, settings
+    def __init__(self, exchange: Exchange, settings: ServerSettings, identity: str, account: Account) -> None:
+        self.exchange, self.settings, self.account = exchange, settings, account
         self.writer = exchange.writer(identity)
         self._feed = Feed()
         self._ticket: Ticket | None = None
@@ -30,7 +31,11 @@ class Reply:
 
     def begin(self, engine: Engine) -> None:
         """Give the request to the engine. Raises PromptError, ContextError."""
-        self._ticket = engine.submit(self.exchange.generate(), self._feed.put)
+        try:
+            self._ticket = engine.submit(self.exchange.generate(), self._feed.put)
+        except BaseException:
+            self.account.close(self.writer.usage, "refused")
+            raise
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Server-sent events; comments while nothing comes; an error inside the stream if the engine fails."""
@@ -39,23 +44,26 @@ class Reply:
                 if not events:
                     yield KEEP_ALIVE
                     continue
-                frames = [frame for event in events for frame in await self._written(event)]
+                frames = await self._all_written(events)
                 if frames:
                     yield b"".join(map(frame_bytes, frames))
         except RequestError as error:
+            self._leave(error.code or "error")
             yield b"".join(map(frame_bytes, self.writer.error(error.message)))
         finally:
-            self._leave()
+            self._leave("cancelled")
 
     async def whole(self) -> bytes:
         """The whole answer as one JSON body. Raises RequestError if the engine fails."""
         try:
             async for events in self._batches():
-                for event in events:
-                    await self._written(event)
+                await self._all_written(events)
             return self.writer.body().encode()
+        except RequestError as error:
+            self._leave(error.code or "error")
+            raise
         finally:
-            self._leave()
+            self._leave("cancelled")
 
     async def patient(self, task: asyncio.Task[bytes]) -> AsyncIterator[bytes]:
         """Blank lines until the task, `whole`, is done, then its body; an error then comes as a body as well."""
@@ -83,6 +91,15 @@ class Reply:
             yield events
             if any(event.finish for event in events):
                 return
+
+    async def _all_written(self, events: list[Event]) -> list[Frame]:
+        """The frames of a batch. Its end is booked before the client hears of it."""
+        frames = [frame for event in events for frame in await self._written(event)]
+        if said := sum(event.token is not None for event in events):
+            self.account.progress(self.writer.usage, said)
+        if end := next((event.finish for event in events if event.finish), None):
+            self.account.close(self.writer.usage, "stop" if self.writer.stopped else str(end))
+        return frames
 
     async def _written(self, event: Event) -> list[Frame]:
         """The event's frames. What comes after a stop string is not shown; the last event comes all the same."""
@@ -112,9 +129,11 @@ class Reply:
             self.exchange.remember(self.writer)
         return frames
 
-    def _leave(self) -> None:
+    def _leave(self, reason: str) -> None:
+        """However it ends: nothing goes on, and what was said so far is booked."""
         if self._ticket:
             self._ticket.cancel()
+        self.account.close(self.writer.usage, reason)
 
 
 def error_body(error: RequestError) -> bytes:
