@@ -1,0 +1,111 @@
+"""`fathom serve` as a process: it starts, answers real clients, ends on a signal, and refuses what cannot be."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fathom.cli.main import run
+from fathom.server.database import open_database
+from fathom.server.keys import Keyring, Limits
+from fathom.server.metering import read_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process and its URL."""
+    command = [sys.executable, "-m", "fathom.cli.main", "serve", "--port", "0", "--database", url(folder), *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    found = re.search(r"http://[\d.:]+", first)
+    assert found, first + process.stderr.read()
+    try:
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def url(folder: Path) -> str:
+    return f"sqlite:///{folder}/fathom.db"
+
+
+def test_it_serves_real_clients_and_books_what_they_used(tmp_path: Path) -> None:
+    with serving(tmp_path, "--kv-disk-dir", str(tmp_path / "kv"), "--log") as (process, address):
+        command = [sys.executable, str(ROOT / "examples" / "client.py"), address]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+        assert said.splitlines()[0].endswith("42") and "get_time({'city': 'Paris'})" in said
+        assert httpx.get(address).text.startswith("<!doctype html>")
+        assert httpx.get(f"{address}/status").json()["requests"] == 2
+        process.send_signal(signal.SIGINT)
+        assert process.wait(40) == 0
+    rows = list(read_rows(open_database(url(tmp_path))))
+    assert [(r.protocol, r.finish) for r in rows] == [("chat", "stop"), ("messages", "stop")]
+    assert (tmp_path / "kv").stat().st_mode & 0o077 == 0 or list((tmp_path / "kv").rglob("*"))
+
+
+def test_with_keys_nobody_else_is_served(tmp_path: Path) -> None:
+    key, secret = Keyring(open_database(url(tmp_path))).create("ann", Limits())
+    with serving(tmp_path, "--host", "0.0.0.0") as (_, address):
+        local = address.replace("0.0.0.0", "127.0.0.1")
+        body = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
+        refused = httpx.post(f"{local}/v1/chat/completions", json=body)
+        assert refused.status_code == 401 and refused.json()["error"]["type"] == "authentication_error"
+        for headers in ({"authorization": f"Bearer {secret}"}, {"x-api-key": secret}):
+            assert httpx.post(f"{local}/v1/chat/completions", json=body, headers=headers, timeout=60).status_code == 200
+        shown = httpx.get(f"{local}/status", headers={"authorization": f"Bearer {secret}"}).json()["ledger"]
+        assert [row["key"] for row in shown] == [f"ann ({key.id})"] and shown[0]["requests"] == 2
+
+
+def test_a_busy_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run(["serve", "--port", str(port), "--database", url(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: cannot listen on 127.0.0.1:{port}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--host", "0.0.0.0"], "is reachable from outside and there are no keys"),
+        (["--model", "flash"], "'flash' is a configuration without weights"),
+        (["--database", "nonsense"], "cannot be opened"),
+        (["--bill-as", "gpt-2"], "no prices for 'gpt-2'"),
+        (["--kv-gb", "0"], "too small"),
+        (["--config", "missing.toml"], "--config missing.toml"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    tmp_path: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database = [] if "--database" in flags else ["--database", url(tmp_path)]
+    assert run(["serve", "--port", "0", *database, *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said and said.count("\n") == 1
+
+
+def test_settings_from_a_file_and_the_flag_that_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "fathom.toml"
+    path.write_text(f'database = "{url(tmp_path)}"\nhost = "0.0.0.0"\nport = 0\n')
+    assert run(["serve", "--config", str(path)]) == 2
+    assert "--host 0.0.0.0 is reachable" in capsys.readouterr().err
+    path.write_text('colour = "blue"\n')
+    assert run(["serve", "--config", str(path)]) == 2
+    assert "unknown setting 'colour'; known are allow_open" in capsys.readouterr().err
