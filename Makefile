@@ -2,6 +2,7 @@
 #   make serve    a server with the embedded model on 127.0.0.1:8000
 #   make chat     talk to the embedded model (prompts may be piped in)
 #   make test     the test suite
+#   make fuzz     10,000 random completions through the three dialects: nothing may leak
 #   make check    format, lint, types, import arrows
 #   make bench    speed on this machine, beside transformers (six minutes on two quiet cores)
 #   make .venv    only the environment, with the command in .venv/bin/fathom
@@ -12,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: .venv serve chat test test-external check bench
+.PHONY: .venv serve chat test test-external fuzz check bench
 .DEFAULT_GOAL := serve
 
 .venv: .venv/.ready
@@ -47,6 +48,9 @@ test: .venv/.tools
 
 test-external: .venv/.tools
 	@$(BIN)/python -m pytest -m 'external and not gpu' || { code=$$?; test $$code -eq 5 && echo "no external tests"; }
+
+fuzz: .venv/.tools
+	@$(BIN)/python -m tests.encoding.fuzz $(or $(COUNT),10000) $(SEED)
 
 check: .venv/.tools
 	$(BIN)/ruff format --check .

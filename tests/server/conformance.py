@@ -111,7 +111,6 @@ CASES: dict[int, str] = {
 }
 
 NOTES: dict[int, str] = {
-    3: "keys come with the ledger",
     12: "g17: the answer header stays behind the reminder. g21: as case 17, a developer is the system",
     15: "the library writes the tool object anew (name, description, parameters); inside `parameters` all stays",
     19: "always safe; there is no switch",
@@ -127,7 +126,6 @@ NOTES: dict[int, str] = {
     56: "a call comes; `--strict-deepseek-compat` gives the hosted refusal while thinking",
     57: "our own check of the schema",
     69: "the embedded model's dialect: only `max` adds text",
-    80: "the key's part comes with the ledger",
     93: "at full length by `pytest -m external`",
     94: "the kills themselves are in tests/engine",
 }

@@ -12,18 +12,14 @@ import pytest
 
 from fathom.config import WEIGHTS
 from fathom.encoding.codec import Codec
+from fathom.encoding.exchange import Desk
+from fathom.engine.engine import Memory
+from fathom.engine.llm import LLM
+from fathom.engine.stub import ScriptedEngine
+from fathom.server.app import ServerSettings
+from tests.server.harness import MODEL, Site, serving
 
-try:
-    from fathom.encoding.exchange import Desk
-    from fathom.engine.engine import Memory
-    from fathom.engine.llm import LLM
-    from fathom.engine.stub import ScriptedEngine
-    from fathom.server.app import ServerSettings
-    from tests.server.harness import MODEL, Site, serving
-
-    Opener = Callable[..., contextlib.AbstractContextManager[Site]]
-except ImportError:
-    pass
+Opener = Callable[..., contextlib.AbstractContextManager[Site]]
 
 SMALL = WEIGHTS / "small"
 

@@ -231,10 +231,10 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 
 @contextlib.contextmanager
-def serving(engine: Engine, codec: Codec, desk: Any, settings: Any) -> Iterator[Site]:
+def serving(engine: Engine, codec: Codec, desk: Any, settings: Any, **more: Any) -> Iterator[Site]:
     """A server for these on a free port, until the block ends."""
     relay = Relay(engine)
-    app = create_app(relay, desk, settings=settings)
+    app = create_app(relay, desk, settings=settings, **more)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -289,6 +289,18 @@ def test_case_60_json_after_free_thinking(site: Site, said: str) -> None:
     assert choice["message"]["reasoning_content"]
 
 
+def test_case_60_nobody_says_that_json_is_wanted(site: Site, strict: Site) -> None:
+    """Lenient: the model is told, as by a schema. The hosted service wants the word in the prompt."""
+    for server in (site, strict):
+        server.urge("</think>It is 46.")
+    form = {"type": "json_object"}
+    content = site.chat(response_format=form).json()["choices"][0]["message"]["content"]
+    assert isinstance(json.loads(content), dict) and "Response Format" in site.prompt_text()
+    said = site.responses(text={"format": form}).json()["output"][-1]["content"][0]["text"]
+    assert isinstance(json.loads(said), dict)
+    assert strict.chat(response_format=form).status_code == 400
+
+
 class Verdict(BaseModel):
     even: bool
     kind: Literal["sum", "list"]
