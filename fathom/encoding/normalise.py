@@ -24,6 +24,8 @@ _UNENFORCED = ("minLength", "maxLength", "minItems", "maxItems")
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
+_ANY_OBJECT = {"type": "object"}
+
 _BILLING = "x-anthropic-billing-header"
 
 
@@ -65,7 +67,9 @@ def chat(body: Body, strict: bool) -> Body:
     form = body.get("response_format")
     if isinstance(form, dict) and isinstance(form.get("json_schema"), dict):
         inner = form["json_schema"]
-        body["response_format"] = {**form, "json_schema": {**inner, "schema": strict_schema(inner.get("schema"))}}
+        body["response_format"] = {**form, "json_schema": {**inner, "schema": _typed(inner.get("schema"))}}
+    elif not strict and _is_untold(form, body):
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": _ANY_OBJECT}}
     if isinstance(body.get("messages"), list):
         body["messages"] = _attach_results([_chat_message(m) for m in _placed(body["messages"])])
     return body
@@ -98,7 +102,9 @@ def responses(body: Body, strict: bool) -> Body:
         body["tools"] = [_with_object(t, "parameters") if t.get("type") == "function" else t for t in _tools(body)]
     text = body.get("text")
     if isinstance(text, dict) and isinstance(text.get("format"), dict) and "schema" in text["format"]:
-        body["text"] = {**text, "format": {**text["format"], "schema": strict_schema(text["format"]["schema"])}}
+        body["text"] = {**text, "format": {**text["format"], "schema": _typed(text["format"]["schema"])}}
+    elif not strict and isinstance(text, dict) and _is_untold(text.get("format"), body):
+        body["text"] = {**text, "format": {"type": "json_schema", "name": "answer", "schema": _ANY_OBJECT}}
     if isinstance(body.get("input"), list):
         body["input"] = _outputs_in_order([_responses_item(item) for item in body["input"]])
     return body
@@ -211,24 +217,39 @@ def _chat_tool(tool: Body) -> Body:
         return tool
     function = _with_object(function, "parameters")
     if function.get("strict"):
-        function["parameters"] = strict_schema(function.get("parameters"))
+        _check_strict(function.get("parameters"))
+        function["parameters"] = _typed(function.get("parameters"))
     return {**tool, "function": function}
 
 
-def strict_schema(schema: Any) -> Any:
-    """A schema that is to be enforced, types filled in where `enum` or `const` imply them. Raises RequestError."""
+def _check_strict(schema: Any) -> None:
+    """Refuse what a strict tool's schema may not have. Reference api B.4. Raises RequestError."""
+    if isinstance(schema, dict):
+        if found := next((key for key in _UNENFORCED if key in schema and not isinstance(schema[key], dict)), None):
+            raise RequestError(400, f"a strict tool may not have '{found}': leave it out, or strict", param="tools")
+        schema = list(schema.values())
+    for inner in schema if isinstance(schema, list) else ():
+        _check_strict(inner)
+
+
+def _typed(schema: Any) -> Any:
+    """The schema with the types that `enum` and `const` imply, which the library wants said."""
     if isinstance(schema, list):
-        return [strict_schema(item) for item in schema]
+        return [_typed(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    if found := next((key for key in _UNENFORCED if key in schema and not isinstance(schema[key], dict)), None):
-        raise RequestError(400, f"a strict schema may not have '{found}': leave it out, or strict", param="tools")
-    schema = {key: value if key in ("enum", "const") else strict_schema(value) for key, value in schema.items()}
+    schema = {key: value if key in ("enum", "const") else _typed(value) for key, value in schema.items()}
     values = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if isinstance(values, list) and values and "type" not in schema:
         kinds = sorted({_json_type(value) for value in values})
         schema = {"type": kinds[0] if len(kinds) == 1 else kinds, **schema}
     return schema
+
+
+def _is_untold(form: Any, body: Body) -> bool:
+    """Whether JSON is wanted of a model that no message tells so, which the library refuses; a schema would tell it."""
+    spoken = (body.get("messages"), body.get("input"), body.get("instructions"))
+    return isinstance(form, dict) and form.get("type") == "json_object" and "json" not in json.dumps(spoken).lower()
 
 
 def _json_type(value: Any) -> str:

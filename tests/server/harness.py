@@ -110,8 +110,8 @@ class Site:
         body = {"model": MODEL, "max_tokens": 500, "messages": [user(text)]}
         return self.raw.post(path, json=body | fields)
 
-    def responses(self, text: str = "Hi", *, path: str = "/responses", **fields: Any) -> httpx.Response:
-        return self.raw.post(path, json={"model": MODEL, "input": text} | fields)
+    def responses(self, said: str = "Hi", *, path: str = "/responses", **fields: Any) -> httpx.Response:
+        return self.raw.post(path, json={"model": MODEL, "input": said} | fields)
 
 
 def user(text: Any) -> dict[str, Any]:

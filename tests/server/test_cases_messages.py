@@ -154,8 +154,7 @@ def test_case_75_text_and_results_in_any_order(site: Site) -> None:
     turns = [user("Go"), {"role": "assistant", "content": [*called, {"type": "text", "text": "after"}]}]
     create(site, messages=[*turns, user([{"type": "text", "text": "before"}, *results])], tools=[T1_MESSAGES])
     text = site.prompt_text()
-    assert text.index("R-b") < text.index("R-a")
-    assert "before" in text and "after" in text
+    assert text.index("R-b") < text.index("R-a") and "before" in text and "after" in text
 
 
 def test_case_76_what_agents_send(site: Site) -> None:
