@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import sys
 import tomllib
@@ -63,16 +62,17 @@ def serve(
     from fathom.encoding.replay import ReplayStore
     from fathom.engine.engine import Memory
     from fathom.server.app import ServerSettings, create_app
+    from fathom.server.listen import bound, loopback
     from fathom.server.metrics import Metrics
 
     settings = ServerSettings(max_requests=max_requests, max_body=int(max_body_mb * 1e6), cors=tuple(cors or ()))
     books = _open_books(database or default_database(), price_list or [])
-    if not allow_open and not _loopback(host) and not len(books.keyring or ()):
+    if not allow_open and not loopback(host) and not len(books.keyring or ()):
         raise ConfigError(
             f"--host {host} is reachable from outside and there are no keys: make one with fathom keys create, "
             "or pass --allow-open to let anybody in"
         )
-    listening = _listen(host, port)
+    listening = bound(host, port)
     folder = kv_disk_dir.expanduser() if kv_disk_dir else None
     memory = Memory(
         device=int(kv_gb * _GB),
@@ -110,12 +110,11 @@ def _load(
 
 
 def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk) -> None:
-    import uvicorn
+    from fathom.server.listen import Listener
 
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, timeout_keep_alive=75, ws="none")
     print(_welcome(listening, desk.served, bool(len(books.keyring or ()))), file=sys.stderr, flush=True)
     try:
-        uvicorn.Server(settings).run(sockets=[listening])
+        Listener(app).run(sockets=[listening])
     finally:
         llm.close()
         desk.replay.close()
@@ -176,28 +175,6 @@ def served_names(config: ModelConfig, model: str) -> tuple[str, ...]:
     family = ("deepseek-v4-pro",) if pro else ("deepseek-v4-flash",)
     both = ("deepseek-v4-flash", "deepseek-v4-pro") if config.num_hidden_layers < 40 else family
     return tuple(dict.fromkeys((*both, own)))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, taken before the model is loaded. Raises ConfigError for a busy port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-        listening.listen(2048)
-    except OSError as error:
-        listening.close()
-        reason = error.strerror or str(error)
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another with --port") from None
-    return listening
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _welcome(listening: socket.socket, names: tuple[str, ...], keys: bool) -> str:

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from fathom.api import Engine
 from fathom.encoding.exchange import Desk, Exchange
-from fathom.errors import ContextError, FathomError, RequestError
+from fathom.errors import FathomError, RequestError
 from fathom.server.books import Books
 from fathom.server.metrics import Metrics
 from fathom.server.openapi import bodies
 from fathom.server.pages import router
 from fathom.server.prices import PriceBook
+from fathom.server.refusal import busy, fault, not_served, refusal, too_large
 from fathom.server.reply import Reply
 
 PREFIXES = ("", "/v1", "/beta", "/anthropic", "/anthropic/v1")
@@ -34,8 +36,11 @@ PROTOCOLS = {
     "/messages": "messages",
 }
 
-_LARGE = 50_000
-"""From so many bytes on a body is opened in a thread, so that the loop goes on."""
+_LARGE = 4_000
+"""From so many bytes on, a few milliseconds' work, a body is opened in a thread, so that the loop goes on."""
+
+_GONE = 499
+"""The status of an answer that nobody waits for any more; it is only logged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +86,15 @@ def create_app(
             openapi_extra={"requestBody": described["count_tokens"]},
         )
         app.add_api_route(f"{prefix}/models", server.models, methods=["GET"], include_in_schema=shown)
+        named = server.guarded("chat", server.model)
+        app.add_api_route(f"{prefix}/models/{{name}}", named, methods=["GET"], include_in_schema=False)
     app.add_api_route("/user/balance", server.guarded("chat", server.balance), methods=["GET"])
     app.add_api_route("/health", server.health, methods=["GET"])
     app.add_api_route("/ready", server.ready, methods=["GET"])
-    app.add_exception_handler(404, _not_found)
-    app.add_exception_handler(405, _not_found)
+    app.add_exception_handler(404, not_served)
+    app.add_exception_handler(405, not_served)
+    app.add_exception_handler(Exception, fault)
+    app.state.hang_up = server.hang_up
     return app
 
 
@@ -94,7 +103,12 @@ class Server:
 
     def __init__(self, engine: Engine, desk: Desk, settings: ServerSettings, books: Books) -> None:
         self.engine, self.desk, self.settings, self.books = engine, desk, settings, books
-        self.open = 0
+        self._replies: set[Reply] = set()
+
+    def hang_up(self, reason: str) -> None:
+        """End every answer, telling its client why."""
+        for reply in list(self._replies):
+            reply.stop(RequestError(503, reason, type="server_error", code="shutting_down", retry_after=5))
 
     def answering(self, protocol: str, beta: bool) -> Callable[[Request], Awaitable[Response]]:
         """The endpoint that generates, in one protocol."""
@@ -122,19 +136,26 @@ class Server:
     async def generate(self, request: Request, protocol: str, beta: bool) -> Response:
         """Open the exchange, begin the request, answer as a stream or as one body."""
         key = self.books.identify(request.headers)
+        self._admit(protocol)
         body = await self._body(request)
         exchange = await self._opened(protocol, body, beta, key.id if key else "")
-        if self.open >= self.settings.max_requests:
-            raise _busy(protocol, self.open)
+        self._admit(protocol)
         identity = _identity(protocol)
         account = self.books.open(key, identity, protocol, exchange.model)
         reply = Reply(exchange, self.settings, identity, account)
         reply.begin(self.engine)
-        self.open += 1
+        self._replies.add(reply)
         if exchange.stream:
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            return StreamingResponse(self._counted(reply.stream()), media_type="text/event-stream", headers=headers)
+            return _Parts(reply.stream(), "text/event-stream", lambda: self._left(reply))
         return await self._whole(reply, request)
+
+    def _admit(self, protocol: str) -> None:
+        if len(self._replies) >= self.settings.max_requests:
+            raise busy(protocol, len(self._replies))
+
+    def _left(self, reply: Reply) -> None:
+        reply.leave()
+        self._replies.discard(reply)
 
     async def count_tokens(self, request: Request) -> Response:
         """How many tokens a Messages prompt has."""
@@ -144,11 +165,16 @@ class Server:
 
     async def models(self) -> Response:
         """The names that are served, in a form that both SDKs read."""
-        items = [
-            {"id": name, "object": "model", "owned_by": "fathom", "type": "model", "display_name": name}
-            for name in self.desk.served
-        ]
+        items = [_shown(name) for name in self.desk.served]
         return JSONResponse({"object": "list", "data": items, "has_more": False})
+
+    async def model(self, request: Request) -> Response:
+        """One of them."""
+        name = request.path_params["name"]
+        if name not in self.desk.served:
+            known = " or ".join(self.desk.served)
+            raise RequestError(404, f"model '{name}' is not served: use {known}", code="model_not_found")
+        return JSONResponse(_shown(name))
 
     async def balance(self, request: Request) -> Response:
         """Money left."""
@@ -170,24 +196,18 @@ class Server:
     async def _whole(self, reply: Reply, request: Request) -> Response:
         """One JSON body. If it takes long, the answer begins with blank lines, so that no proxy gives up."""
         task = asyncio.create_task(reply.whole())
+        task.add_done_callback(lambda _: self._left(reply))
         try:
-            done = await _finished(task, self.settings.keep_alive, request)
-        except asyncio.CancelledError:
+            here = await _stays(request, task, self.settings.keep_alive)
+        except BaseException:
             task.cancel()
-            self.open -= 1
             raise
-        if not done:
-            patient = self._counted(reply.patient(task))
-            return StreamingResponse(patient, media_type="application/json")
-        self.open -= 1
+        if not here:
+            task.cancel()
+            return Response(status_code=_GONE)
+        if not task.done():
+            return _Parts(reply.patient(task), "application/json", task.cancel)
         return Response(task.result(), media_type="application/json")
-
-    async def _counted(self, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        try:
-            async for part in parts:
-                yield part
-        finally:
-            self.open -= 1
 
     async def _opened(self, protocol: str, body: bytes, beta: bool, key: str) -> Exchange:
         if len(body) < _LARGE:
@@ -197,60 +217,45 @@ class Server:
     async def _body(self, request: Request) -> bytes:
         most, parts, size = self.settings.max_body, [], 0
         if int(request.headers.get("content-length") or 0) > most:
-            raise _too_large(most)
+            raise too_large(most)
         try:
             async with asyncio.timeout(self.settings.body_timeout):
                 async for part in request.stream():
                     parts.append(part)
                     if (size := size + len(part)) > most:
-                        raise _too_large(most)
+                        raise too_large(most)
         except TimeoutError:
             raise RequestError(408, f"the body did not arrive within {self.settings.body_timeout:.0f} s") from None
         return b"".join(parts)
 
 
-async def _finished(task: asyncio.Task[bytes], seconds: float, request: Request) -> bool:
-    """Wait for the task, but not longer than that; gives up, and cancels it, when the client has gone."""
+class _Parts(StreamingResponse):
+    """An answer in parts. `left` is called at its end, even if the client went before the first part was asked for."""
+
+    def __init__(self, parts: AsyncIterator[bytes], media_type: str, left: Callable[[], object]) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(parts, media_type=media_type, headers=headers)
+        self._left = left
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._left()
+
+
+async def _stays(request: Request, task: asyncio.Task[bytes], seconds: float) -> bool:
+    """Wait for the task, but not longer than that; False as soon as the client has gone."""
     end = asyncio.get_running_loop().time() + seconds
-    while not task.done() and asyncio.get_running_loop().time() < end:
-        await asyncio.wait([task], timeout=0.25)
+    while not task.done() and (left := end - asyncio.get_running_loop().time()) > 0:
+        await asyncio.wait([task], timeout=min(left, 0.25))
         if not task.done() and await request.is_disconnected():
-            task.cancel()
-            raise asyncio.CancelledError
-    return task.done()
+            return False
+    return True
 
 
-def refusal(protocol: str, error: FathomError) -> Response:
-    """An error as the body that the protocol's clients expect. Reference api B.8."""
-    known = error if isinstance(error, RequestError) else _as_request_error(error)
-    inner = {"message": known.message, "type": known.type, "param": known.param, "code": known.code}
-    body = {"error": inner} | ({"type": "error"} if protocol == "messages" else {})
-    headers = {"retry-after": str(known.retry_after)} if known.retry_after else {}
-    return JSONResponse(body, known.status, headers)
-
-
-def _as_request_error(error: FathomError) -> RequestError:
-    code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_request_error"
-    return RequestError(400, str(error), code=code)
-
-
-def _busy(protocol: str, count: int) -> RequestError:
-    message = f"{count} requests are running or waiting, as many as this server takes: try again later"
-    if protocol == "messages":
-        return RequestError(529, message, type="overloaded_error", code="overloaded", retry_after=2)
-    return RequestError(429, message, type="rate_limit_error", code="rate_limit_exceeded", retry_after=2)
-
-
-def _too_large(most: int) -> RequestError:
-    return RequestError(413, f"the body has more than {most} bytes: send less", type="request_too_large")
-
-
-async def _not_found(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 404)
-    known = ", ".join(f"/v1{path}" for path in PROTOCOLS)
-    text = f"{request.method} {request.url.path} is not served: use POST {known} or GET /v1/models"
-    protocol = "messages" if "messages" in request.url.path else "chat"
-    return refusal(protocol, RequestError(status, text, code="not_found"))
+def _shown(name: str) -> dict[str, str]:
+    return {"id": name, "object": "model", "owned_by": "fathom", "type": "model", "display_name": name}
 
 
 def _identity(protocol: str) -> str:

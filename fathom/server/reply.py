@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -12,20 +12,24 @@ from fathom.api import Engine, Event, FinishReason, Ticket, Usage
 from fathom.encoding.exchange import Exchange
 from fathom.errors import RequestError
 from fathom.server.books import Account
+from fathom.server.refusal import as_request_error, error_body
 from fathom.server.sse import KEEP_ALIVE, Feed, Frame, frame_bytes
 
 if TYPE_CHECKING:
     from fathom.server.app import ServerSettings
 
+_log = logging.getLogger("fathom.server")
+
 
 class Reply:
-    """The answer to one exchange: `begin`, then `stream` or `whole`; leaving either early cancels the request."""
+    """The answer to one exchange: `begin`, then `stream` or `whole`, and `leave` in any case."""
 
     def __init__(self, exchange: Exchange, settings: ServerSettings, identity: str, account: Account) -> None:
         self.exchange, self.settings, self.account = exchange, settings, account
         self.writer = exchange.writer(identity)
         self._feed = Feed()
         self._ticket: Ticket | None = None
+        self._stopped: RequestError | None = None
         self._begun = time.monotonic()
         self._started = self._opened = False
 
@@ -38,32 +42,29 @@ class Reply:
             raise
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Server-sent events; comments while nothing comes; an error inside the stream if the engine fails."""
+        """Server-sent events; comments while nothing is to be said; an error inside the stream if it cannot go on."""
+        spoken = time.monotonic()
         try:
             async for events in self._batches():
-                if not events:
-                    yield KEEP_ALIVE
-                    continue
                 frames = await self._all_written(events)
-                if frames:
-                    yield b"".join(map(frame_bytes, frames))
-        except RequestError as error:
-            self._leave(error.code or "error")
-            yield b"".join(map(frame_bytes, self.writer.error(error.message)))
+                if frames or time.monotonic() - spoken >= self.settings.keep_alive / 2:
+                    spoken = time.monotonic()
+                    yield b"".join(map(frame_bytes, frames)) or KEEP_ALIVE
+        except Exception as error:
+            yield b"".join(map(frame_bytes, self.writer.error(self._failed(error).message)))
         finally:
-            self._leave("cancelled")
+            self.leave()
 
     async def whole(self) -> bytes:
-        """The whole answer as one JSON body. Raises RequestError if the engine fails."""
+        """The whole answer as one JSON body. Raises RequestError if it cannot go on."""
         try:
             async for events in self._batches():
                 await self._all_written(events)
-            return self.writer.body().encode()
-        except RequestError as error:
-            self._leave(error.code or "error")
-            raise
+            return (await asyncio.to_thread(self.writer.body)).encode()
+        except Exception as error:
+            raise self._failed(error) from None
         finally:
-            self._leave("cancelled")
+            self.leave()
 
     async def patient(self, task: asyncio.Task[bytes]) -> AsyncIterator[bytes]:
         """Blank lines until the task, `whole`, is done, then its body; an error then comes as a body as well."""
@@ -74,9 +75,20 @@ class Reply:
             try:
                 yield task.result()
             except RequestError as error:
-                yield error_body(error)
+                yield error_body(self.exchange.protocol, error)
         finally:
             task.cancel()
+
+    def stop(self, error: RequestError) -> None:
+        """End it, telling the client this. In the event loop."""
+        self._stopped = error
+        self._feed.ring()
+
+    def leave(self, reason: str = "cancelled") -> None:
+        """However it ends: nothing goes on, and what was said so far is booked. Any number of times."""
+        if self._ticket:
+            self._ticket.cancel()
+        self.account.close(self.writer.usage, reason)
 
     async def _batches(self) -> AsyncIterator[list[Event]]:
         """Events as they come, an empty list for each interval without any; ends after the last one."""
@@ -86,6 +98,8 @@ class Reply:
             if not self._started and time.monotonic() - self._begun > self.settings.start_timeout:
                 limit = f"no token came within {self.settings.start_timeout:.0f} s: the server is too busy"
                 raise RequestError(503, limit, type="server_error", code="overloaded")
+            if self._stopped:
+                raise self._stopped
             if self._feed.overflown:
                 raise RequestError(408, "the answer was read too slowly", type="server_error", code="slow_client")
             yield events
@@ -129,14 +143,10 @@ class Reply:
             self.exchange.remember(self.writer)
         return frames
 
-    def _leave(self, reason: str) -> None:
-        """However it ends: nothing goes on, and what was said so far is booked."""
-        if self._ticket:
-            self._ticket.cancel()
-        self.account.close(self.writer.usage, reason)
-
-
-def error_body(error: RequestError) -> bytes:
-    """The error as a body after the status line has gone out."""
-    inner = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return json.dumps({"error": inner}).encode()
+    def _failed(self, error: Exception) -> RequestError:
+        """What the client is told; what it cannot mend goes to the log."""
+        known = as_request_error(error)
+        if known is not error:
+            _log.error("an answer failed", exc_info=error)
+        self.leave(known.code or "error")
+        return known

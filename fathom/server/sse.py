@@ -37,7 +37,7 @@ class Feed:
     def __init__(self, limit: int = MOST_EVENTS) -> None:
         self._loop, self._ready = asyncio.get_running_loop(), asyncio.Event()
         self._events: deque[Event] = deque()
-        self._limit, self._told = limit, False
+        self._limit, self._told, self._rung = limit, False, False
         self.overflown = False
 
     def put(self, event: Event) -> None:
@@ -53,6 +53,11 @@ class Feed:
             except RuntimeError:  # the loop has ended before the request
                 self._events.clear()
 
+    def ring(self) -> None:
+        """Wake whoever waits, from the event loop, with no event or whatever has come."""
+        self._rung = True
+        self._ready.set()
+
     async def take(self, seconds: float) -> list[Event]:
         """All events that have come, waiting for the first one at most so long; empty if none did."""
         try:
@@ -64,4 +69,4 @@ class Feed:
         taken = list(self._events)
         for _ in taken:
             self._events.popleft()
-        return taken or await self.take(seconds)
+        return taken if taken or self._rung else await self.take(seconds)

@@ -1,0 +1,64 @@
+"""What is said when a request is refused or cannot go on. Reference api B.8, D.1."""
+
+from __future__ import annotations
+
+import json
+
+from fastapi import Request, Response
+
+from fathom.errors import ContextError, FathomError, RequestError
+
+
+def refusal(protocol: str, error: FathomError) -> Response:
+    """An error as the response that the protocol's clients expect."""
+    known = as_request_error(error)
+    headers = {"retry-after": str(known.retry_after)} if known.retry_after else {}
+    return Response(error_body(protocol, known), known.status, headers, media_type="application/json")
+
+
+def error_body(protocol: str, error: RequestError) -> bytes:
+    """The JSON of an error; Messages marks it as its own clients know it."""
+    inner = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    return json.dumps({"error": inner} | ({"type": "error"} if protocol == "messages" else {})).encode()
+
+
+def as_request_error(error: Exception) -> RequestError:
+    """Any error as one of HTTP: what is no user's error is the server's fault, and its text stays inside."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, FathomError):
+        code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_request_error"
+        return RequestError(400, str(error), code=code)
+    return RequestError(500, "the server made an error: see its log", type="server_error", code="internal_error")
+
+
+def busy(protocol: str, count: int) -> RequestError:
+    """Too many at once."""
+    message = f"{count} requests are running or waiting, as many as this server takes: try again later"
+    if protocol == "messages":
+        return RequestError(529, message, type="overloaded_error", code="overloaded", retry_after=2)
+    return RequestError(429, message, type="rate_limit_error", code="rate_limit_exceeded", retry_after=2)
+
+
+def too_large(most: int) -> RequestError:
+    """A body over the limit."""
+    return RequestError(413, f"the body has more than {most} bytes: send less", type="request_too_large")
+
+
+def protocol_of(request: Request) -> str:
+    """Whose shape an error takes where no endpoint is responsible."""
+    return "messages" if "messages" in request.url.path or "/anthropic" in request.url.path else "chat"
+
+
+async def not_served(request: Request, error: Exception) -> Response:
+    """A path or method that does not exist."""
+    status = getattr(error, "status_code", 404)
+    known = "/v1/chat/completions, /v1/completions, /v1/responses, /v1/messages"
+    text = f"{request.method} {request.url.path} is not served: use POST {known} or GET /v1/models"
+    return refusal(protocol_of(request), RequestError(status, text, code="not_found"))
+
+
+async def fault(request: Request, error: Exception) -> Response:
+    """An endpoint that failed; the log has the error itself."""
+    known = as_request_error(error)
+    return Response(error_body(protocol_of(request), known), known.status, media_type="application/json")
