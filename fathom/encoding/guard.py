@@ -32,6 +32,8 @@ _TAGS = (_OPEN, _INVOKE, _PARAMETER, *_CLOSE.values())
 _TAG_START = re.compile(f"</?{_MARK}|</?\\Z|{_MARK}|{_END}")
 """Where plain text ends: at markup, at a loose control token, or at what may yet become markup."""
 
+_LOOSE = re.compile(f"[{_MARK}{_END}]")
+
 _LONGEST_TAG = 400
 
 _BLOCK_OPENER, _BLOCK_CLOSER = f"<{DSML}tool_calls>\n", f"</{DSML}tool_calls>"
@@ -320,7 +322,7 @@ class Guard:
 
     def _plain(self, text: str) -> Iterator[Any]:
         """Text that the parser takes for nothing but text."""
-        for token in self._tokenizer.encode(text):
+        for token in self._tokenizer.encode(_LOOSE.sub("", text)):
             yield self._chunk.tokens([token])
 
     def _marked(self, text: str) -> list[Any]:
@@ -335,6 +337,7 @@ def _name(name: str) -> str:
 
 def _key(key: str) -> str:
     """A key as the parser wants it, which copies it into JSON: escaped, and in ASCII so that it cannot be markup."""
+    key = _LOOSE.sub("", key)
     with suppress(ValueError):
         key = json.loads(f'"{key}"')
     return json.dumps(key)[1:-1].replace(" ", "\\u0020").replace("<", "\\u003c").replace("'", "\\u0027")

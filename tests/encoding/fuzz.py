@@ -21,6 +21,9 @@ from fathom.encoding.exchange import Desk, Exchange
 
 D = "｜DSML｜"
 CONTROLS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", D)
+_ATOMS = re.compile("|".join(map(re.escape, CONTROLS)) + "|.", re.DOTALL)
+"""A control token or a character: what can be cut in two is only text."""
+
 LEAKS = (D, "<think>", "</think>", "<｜", "｜>", "\ufffd", "\udc01", "\udc02")
 WORDS = (
     "sum",
@@ -89,7 +92,7 @@ def completion(rng: random.Random) -> str:
         parts += [block(rng), text(rng, 3)]
     said = "".join(parts)
     for _ in range(rng.choice((0, 0, 0, 1, 2))):
-        at = rng.randrange(len(said) + 1)
+        at = rng.choice([0, len(said), *(m.start() for m in _ATOMS.finditer(said))])
         said = said[:at] + rng.choice((*CONTROLS, f"<{D}", f"</{D}invoke>", "<", "</")) + said[at:]
     return said
 
@@ -188,7 +191,8 @@ def _streamed(protocol: str, frames: list[Any]) -> list[str]:
             index, delta = p.get("index"), p.get("delta") or {}
             if p["type"] == "content_block_start" and p["content_block"]["type"] == "tool_use":
                 put((index, "name"), p["content_block"]["name"])
-            put((index, "text"), delta.get("text") or delta.get("thinking") or "")
+            if p["type"] == "content_block_delta":
+                put((index, "text"), delta.get("text") or delta.get("thinking") or "")
         elif p["type"] == "response.output_item.added" and p["item"]["type"] == "function_call":
             put((p["output_index"], "name"), p["item"]["name"])
         elif p["type"].endswith(".delta"):
