@@ -22,6 +22,6 @@ tool = {
 }
 asked = [{"role": "user", "content": "What time is it in Paris?"}]
 messages = Anthropic(base_url=f"{url}/anthropic", api_key="none").messages
-answer = messages.create(model="small", max_tokens=200, messages=asked, tools=[tool], temperature=0)
+answer = messages.create(model="small", max_tokens=200, messages=asked, tools=[tool], extra_body={"temperature": 0})
 for block in answer.content:
     print(f"{block.name}({block.input})" if block.type == "tool_use" else f"[{block.type}]")
