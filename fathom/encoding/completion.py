@@ -8,8 +8,9 @@ from typing import Any
 
 from fathom.api import Event, FinishReason, GenerateRequest, Logprob, SamplingParams
 from fathom.encoding.answer import Frame
-from fathom.encoding.exchange import Desk, Exchange
+from fathom.encoding.exchange import Desk, Exchange, user_of
 from fathom.encoding.guide import AnswerGuide
+from fathom.encoding.normalise import refuse_unsupported
 from fathom.encoding.tokenizer import TextStream
 from fathom.errors import ContextError, RequestError, SamplingError
 
@@ -23,14 +24,15 @@ class Completions(Exchange):
 
     def __init__(self, body: dict[str, Any], desk: Desk, key: str) -> None:
         self.protocol, self.desk, self.key, self.thinking = "completions", desk, key, False
+        body = {name: value for name, value in body.items() if value is not None}
         self.model = desk.model(body.get("model"), "completions")
         self.stream = bool(body.get("stream"))
         self.prompt = _one(body.get("prompt"))
         self.suffix = body.get("suffix") or ""
         self.echo = bool(body.get("echo"))
         self.stops = _stops(body.get("stop"))
-        if body.get("n", 1) not in (1, None):
-            raise RequestError(400, f"n={body['n']} is not supported: ask once for each answer", param="n")
+        refuse_unsupported(body)
+        self.namespace = json.dumps(["completions", key, user_of(body)])
         self.prompt_ids = self._ids()
         self.params = self._params(body)
         self.guide = AnswerGuide(desk.codec.grammars, thinking=False)
@@ -38,7 +40,7 @@ class Completions(Exchange):
     def generate(self) -> GenerateRequest:
         """For the engine."""
         return GenerateRequest(
-            prompt_ids=self.prompt_ids, params=self.params, guide=self.guide, namespace="completions"
+            prompt_ids=self.prompt_ids, params=self.params, guide=self.guide, namespace=self.namespace
         )
 
     def writer(self, identity: str) -> TextWriter:

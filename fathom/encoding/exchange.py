@@ -73,7 +73,13 @@ class Exchange:
     @staticmethod
     def open(protocol: str, raw: bytes, desk: Desk, *, beta: bool = False, key: str = "") -> Exchange:
         """Read a body; nothing is shared between requests of different keys. Raises RequestError, ContextError."""
-        body = normalise.parse(raw)
+        try:
+            return Exchange._understood(protocol, normalise.parse(raw), desk, key)
+        except RecursionError:
+            raise RequestError(400, "Failed to deserialize the JSON body: it is nested too deeply") from None
+
+    @staticmethod
+    def _understood(protocol: str, body: dict[str, Any], desk: Desk, key: str) -> Exchange:
         if protocol == "completions":
             from fathom.encoding.completion import Completions
 
@@ -176,6 +182,7 @@ class _Conversing(Exchange):
     def _lay_out(self) -> None:
         """The prompt's ids, turns sampled here as they were sampled."""
         recipe, codec = library(), self.desk.codec
+        given = self._request.conversation.messages
         rebuilt, turns = self._rebuilt(self._request.conversation)
         try:
             rendered = codec.render_conversation(rebuilt)
@@ -187,8 +194,10 @@ class _Conversing(Exchange):
         if rendered.prompt.endswith(f"<{DSML}tool_calls>\n"):
             self.options.starts_in_tool_calls, self.thinking = True, False
         elif self._prefilled:
-            self.options.thinking_initial_stage = recipe.ThinkingInitialStage.ContentContinuation
-            self.thinking = False
+            inside = self._request.conversation.thinking_mode and not given[-1].content
+            stages = recipe.ThinkingInitialStage
+            stage = stages.ReasoningContinuation if inside else stages.ContentContinuation
+            self.options.thinking_initial_stage, self.thinking = stage, inside
         if self._task:
             self._ask_task(self._task)
 
@@ -277,7 +286,7 @@ class _Conversing(Exchange):
             return SamplingParams(
                 temperature=float(temperature),
                 top_p=float(top_p) or 1e-9,
-                top_k=body.get("top_k"),
+                top_k=_top_k(body),
                 max_tokens=self._max_tokens(options.max_tokens),
                 seed=options.seed,
                 logprobs=(options.top_logprobs or 0) if options.logprobs else None,
@@ -405,6 +414,12 @@ def _tool_name(tool: Any) -> str:
     return str(tool.get("name") or (tool.get("function") or {}).get("name") or "")
 
 
+def _top_k(body: Mapping[str, Any]) -> int | None:
+    """Clients of other engines write 0 or -1 for "all"."""
+    top_k = body.get("top_k")
+    return None if top_k in (0, -1) else top_k
+
+
 def _budget(body: Mapping[str, Any]) -> int | None:
     """How many tokens the thinking may take."""
     thinking = body.get("thinking")
@@ -424,6 +439,11 @@ def _user(body: Mapping[str, Any], protocol: str, isolate_messages: bool) -> str
     if protocol == "messages":
         metadata = body.get("metadata")
         return str(metadata.get("user_id") or "") if isolate_messages and isinstance(metadata, dict) else ""
+    return user_of(body)
+
+
+def user_of(body: Mapping[str, Any]) -> str:
+    """The client's user, whose prefixes are not shared with others."""
     return str(body.get("user_id") or body.get("user") or "")
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from fathom.encoding import pairing
 from fathom.errors import RequestError
 
 Body = dict[str, Any]
@@ -40,8 +41,6 @@ def parse(raw: bytes) -> Body:
     except UnicodeDecodeError as error:
         place = f"byte 0x{raw[error.start]:02x} at place {error.start}"
         raise RequestError(400, f"Failed to deserialize the JSON body: it is not UTF-8 ({place})") from None
-    except RecursionError:
-        raise RequestError(400, "Failed to deserialize the JSON body: it is nested too deeply") from None
     except ValueError as error:
         raise RequestError(400, f"Failed to deserialize the JSON body: {error}") from None
     if not isinstance(body, dict):
@@ -52,33 +51,43 @@ def parse(raw: bytes) -> Body:
 def chat(body: Body, strict: bool) -> Body:
     """A Chat Completions body."""
     body = _without_nulls(body)
-    _refuse_unsupported(body)
+    refuse_unsupported(body)
     if "max_completion_tokens" in body:
         body.setdefault("max_tokens", body.pop("max_completion_tokens"))
-    _template_options(body)
-    _thinking(body)
-    if not strict:
-        if not body.get("stream"):
-            body.pop("stream_options", None)
-        if not body.get("logprobs"):
-            body.pop("top_logprobs", None)
     if "tools" in body:
         body["tools"] = [_chat_tool(tool) for tool in _tools(body)]
+    if isinstance(body.get("messages"), list):
+        body["messages"] = _chat_turns(body["messages"], strict)
     form = body.get("response_format")
+    if strict:
+        if isinstance(form, dict) and form.get("type") == "json_schema":
+            raise RequestError(400, "This response_format type is unavailable now", param="response_format")
+        return body
+    _template_options(body)
+    _thinking(body)
+    if not body.get("stream"):
+        body.pop("stream_options", None)
+    if not body.get("logprobs"):
+        body.pop("top_logprobs", None)
     if isinstance(form, dict) and isinstance(form.get("json_schema"), dict):
         inner = form["json_schema"]
         body["response_format"] = {**form, "json_schema": {**inner, "schema": _typed(inner.get("schema"))}}
-    elif not strict and _is_untold(form, body):
+    elif _is_untold(form, body):
         body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": _ANY_OBJECT}}
-    if isinstance(body.get("messages"), list):
-        body["messages"] = _attach_results([_chat_message(m) for m in _placed(body["messages"])])
     return body
 
 
 def messages(body: Body, strict: bool) -> Body:
     """A Messages body."""
     body = _without_nulls(body)
-    _thinking(body)
+    if strict:
+        _refuse_any(body)
+    else:
+        _thinking(body)
+    if isinstance(body.get("messages"), list):
+        _lead(body)
+        turns = [_messages_turn(turn) for turn in _objects(body["messages"])]
+        body["messages"] = turns if strict else pairing.message_turns(turns)
     if "system" in body:
         body["system"] = _without_billing(body["system"])
         if not body["system"]:
@@ -88,8 +97,6 @@ def messages(body: Body, strict: bool) -> Body:
         if not body["tools"]:
             body.pop("tools")
             body.pop("tool_choice", None)
-    if isinstance(body.get("messages"), list):
-        body["messages"] = _blocks_in_order([_messages_turn(m) for m in body["messages"] if isinstance(m, dict)])
     return body
 
 
@@ -106,7 +113,8 @@ def responses(body: Body, strict: bool) -> Body:
     elif not strict and isinstance(text, dict) and _is_untold(text.get("format"), body):
         body["text"] = {**text, "format": {"type": "json_schema", "name": "answer", "schema": _ANY_OBJECT}}
     if isinstance(body.get("input"), list):
-        body["input"] = _outputs_in_order([_responses_item(item) for item in body["input"]])
+        items = [_responses_item(item) for item in body["input"]]
+        body["input"] = items if strict else pairing.response_items(list(_late_system_as_user(items)))
     return body
 
 
@@ -152,7 +160,9 @@ def _shown(value: Any) -> str:
 
 def _identity(holder: Body, key: str) -> str:
     """The id of a call, or of the call that a result belongs to."""
-    value = holder.get(key, "")
+    value = holder.get(key)
+    if value is None:
+        return ""
     if not isinstance(value, str):
         raise RequestError(400, f"{key} must be a string, not {_shown(value)}", param=key)
     return value
@@ -166,9 +176,13 @@ def _without_nulls(body: Body) -> Body:
     return {key: value for key, value in body.items() if value is not None}
 
 
-def _refuse_unsupported(body: Body) -> None:
-    if body.get("n", 1) != 1:
-        raise RequestError(400, f"n={body['n']} is not supported: ask once for each answer", param="n")
+def refuse_unsupported(body: Body) -> None:
+    """Wishes that nobody here can grant. Raises RequestError, naming the field."""
+    for name in ("n", "best_of"):
+        if body.get(name, 1) != 1:
+            raise RequestError(
+                400, f"{name}={_shown(body[name])} is not supported: ask once for each answer", param=name
+            )
     if body.get("logit_bias"):
         raise RequestError(400, "logit_bias is not supported: leave it out", param="logit_bias")
 
@@ -278,12 +292,23 @@ def _without_billing(text: Any) -> Any:
 # --- chat
 
 
-def _placed(turns: Sequence[Any]) -> Iterable[Body]:
+def _objects(turns: Sequence[Any]) -> Sequence[Body]:
+    if any(not isinstance(turn, dict) for turn in turns):
+        raise RequestError(400, "messages must be a list of objects", param="messages")
+    return turns
+
+
+def _chat_turns(given: Sequence[Any], strict: bool) -> list[Body]:
+    turns = _objects(given)
+    if strict:
+        return [_chat_message(turn) for turn in turns]
+    return pairing.chat_turns([_chat_message(turn) for turn in _placed(turns)])
+
+
+def _placed(turns: Sequence[Body]) -> Iterable[Body]:
     """Instructions in front are the system's; later ones are what a user says, so that the prefix stays."""
     leading = True
     for turn in turns:
-        if not isinstance(turn, dict):
-            raise RequestError(400, "messages must be a list of objects", param="messages")
         role = turn.get("role")
         if role in ("system", "developer"):
             yield {**turn, "role": "system" if leading else "user"}
@@ -317,27 +342,26 @@ def _chat_call(call: Any) -> Any:
     return {**call, "type": "function", "function": {**function, "arguments": text}}
 
 
-def _attach_results(turns: Sequence[Body]) -> list[Body]:
-    """Each call's result directly after it, in the calls' order; a missing one is empty, one without a call is text."""
-    results = {t["tool_call_id"]: t for t in turns if t.get("role") == "tool"}
-    called = {_identity(c, "id") for t in turns for c in t.get("tool_calls") or ()}
-    placed: list[Body] = []
-    used: set[str] = set()
-    for turn in turns:
-        if turn.get("role") == "tool":
-            if turn["tool_call_id"] not in called:
-                placed.append({"role": "user", "content": turn["content"]})
-            continue
-        placed.append(turn)
-        for id in (_identity(c, "id") for c in turn.get("tool_calls") or ()):
-            if id not in used:
-                used.add(id)
-                found = results.get(id, {"content": ""})
-                placed.append({"role": "tool", "tool_call_id": id, "content": found["content"]})
-    return placed
-
-
 # --- messages
+
+
+def _refuse_any(body: Body) -> None:
+    """What the library takes for `auto`: the hosted service refuses it while the model thinks."""
+    choice, thinking = body.get("tool_choice"), body.get("thinking")
+    off = isinstance(thinking, dict) and thinking.get("type") == "disabled"
+    if isinstance(choice, dict) and choice.get("type") == "any" and not off:
+        raise RequestError(400, "Thinking mode does not support this tool_choice", param="tool_choice")
+
+
+def _lead(body: Body) -> None:
+    """System turns in front belong to the system text; the library shows any to the model as what a user says."""
+    turns = _objects(body["messages"])
+    count = next((n for n, turn in enumerate(turns) if turn.get("role") != "system"), len(turns))
+    if count:
+        system = body.get("system") or []
+        blocks = [{"type": "text", "text": system}] if isinstance(system, str) else list(system)
+        body["system"] = blocks + [{"type": "text", "text": text_of(turn.get("content"))} for turn in turns[:count]]
+        body["messages"] = turns[count:]
 
 
 def _messages_tool(tool: Body) -> Body:
@@ -350,7 +374,10 @@ def _messages_turn(turn: Body) -> Body:
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
     if not isinstance(blocks, list):
         raise RequestError(400, f"content must be a string or a list of blocks, not {_shown(content)}", param="content")
-    kept = [_block(b) for b in blocks if isinstance(b, dict) and b.get("type") != "redacted_thinking"]
+    blocks = [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks]
+    if wrong := [b for b in blocks if not isinstance(b, dict)]:
+        raise RequestError(400, f"a block of content must be an object, not {_shown(wrong[0])}", param="content")
+    kept = [_block(b) for b in blocks if b.get("type") != "redacted_thinking"]
     kept = [b for b in kept if b.get("type") != "text" or b["text"]] or [{"type": "text", "text": ""}]
     return {"role": turn.get("role"), "content": kept}
 
@@ -360,81 +387,35 @@ def _block(block: Body) -> Body:
     if kind == "thinking":
         return {"type": "thinking", "thinking": text_of(block.get("thinking")), "signature": ""}
     if kind == "tool_use":
+        _identity(block, "id")
         return {k: block[k] for k in ("type", "id", "name", "input") if k in block}
     if kind == "tool_result":
         return {"type": kind, "tool_use_id": _identity(block, "tool_use_id"), "content": text_of(block.get("content"))}
     return {"type": "text", "text": _part_text(block)}
 
 
-def _blocks_in_order(turns: Sequence[Body]) -> list[Body]:
-    """Calls last in a turn, their results first in the next; what has no partner is added or becomes text."""
-    placed: list[Body] = []
-    wanted: list[str] = []
-    for turn in turns:
-        blocks = turn["content"]
-        results = {b["tool_use_id"]: b for b in blocks if b["type"] == "tool_result"}
-        others = [b for b in blocks if b["type"] not in ("tool_result", "tool_use")]
-        if turn["role"] == "user":
-            orphans = [b for id, b in results.items() if id not in wanted]
-            others = [{"type": "text", "text": b["content"]} for b in orphans] + others
-        given = [results.get(id) or {"type": "tool_result", "tool_use_id": id, "content": ""} for id in wanted]
-        if wanted and turn["role"] != "user":
-            placed.append({"role": "user", "content": given})
-            given = []
-        calls = [b for b in blocks if b["type"] == "tool_use"] if turn["role"] == "assistant" else []
-        wanted = [_identity(b, "id") for b in calls]
-        texts = [b for b in others if b["type"] != "text" or b["text"] or not (given or calls)]
-        placed.append({"role": turn["role"], "content": [*given, *texts, *calls] or [{"type": "text", "text": ""}]})
-    if wanted:
-        missing = [{"type": "tool_result", "tool_use_id": id, "content": ""} for id in wanted]
-        placed.append({"role": "user", "content": missing})
-    return placed
-
-
 # --- responses
+
+
+def _late_system_as_user(items: Sequence[Any]) -> Iterable[Any]:
+    """The library moves system messages to the front, where a late one would change the whole prompt."""
+    leading = True
+    for item in items:
+        if isinstance(item, dict) and item.get("role") == "system":
+            yield item if leading else {**item, "role": "user"}
+        else:
+            leading = False
+            yield item
 
 
 def _responses_item(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
-    if _is_call(item) or _is(item, "_call_output"):
+    if pairing.is_call(item) or pairing.is_output(item):
         _identity(item, "call_id")
     if item.get("type", "message") == "message" and isinstance(item.get("content"), list):
         kind = "output_text" if item.get("role") == "assistant" else "input_text"
         return {**item, "content": [{"type": kind, "text": _part_text(part)} for part in item["content"]]}
-    if str(item.get("type", "")).endswith("_call_output"):
+    if pairing.is_output(item):
         return {**item, "output": text_of(item.get("output"))}
     return item
-
-
-def _outputs_in_order(items: Sequence[Any]) -> list[Any]:
-    """Each call's output directly after its group of calls; a missing one is empty, one without a call is text."""
-    outputs = {i.get("call_id"): i for i in items if isinstance(i, dict) and _is(i, "_call_output")}
-    calls = {i.get("call_id") for i in items if isinstance(i, dict) and _is_call(i)}
-    placed: list[Any] = []
-    open_calls: list[Body] = []
-    for item in [*items, None]:
-        if isinstance(item, dict) and _is(item, "_call_output"):
-            if item.get("call_id") not in calls:
-                placed.append({"type": "message", "role": "user", "content": item.get("output", "")})
-            continue
-        if not (isinstance(item, dict) and _is_call(item)):
-            placed += [outputs.get(c.get("call_id")) or _no_output(c) for c in open_calls]
-            open_calls = []
-        if item is not None:
-            placed.append(item)
-        if isinstance(item, dict) and _is_call(item):
-            open_calls.append(item)
-    return placed
-
-
-def _is(item: Body, ending: str) -> bool:
-    return str(item.get("type", "")).endswith(ending)
-
-
-def _is_call(item: Body) -> bool:
-    return item.get("type") in ("function_call", "custom_tool_call")
-
-
-def _no_output(call: Body) -> Body:
-    return {"type": f"{call['type']}_output", "call_id": call.get("call_id"), "output": ""}
