@@ -59,6 +59,6 @@ async def not_served(request: Request, error: Exception) -> Response:
 
 
 async def fault(request: Request, error: Exception) -> Response:
-    """An endpoint that failed; the log has the error itself."""
-    known = as_request_error(error)
-    return Response(error_body(protocol_of(request), known), known.status, media_type="application/json")
+    """An endpoint that failed. The log has the error itself; the connection ends, and the client is told so."""
+    body = error_body(protocol_of(request), as_request_error(error))
+    return Response(body, 500, {"connection": "close"}, media_type="application/json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import threading
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import uvicorn
 from anthropic import Anthropic
 from openai import OpenAI
 
@@ -20,6 +20,7 @@ from fathom.api import Engine, Event, FinishReason, GenerateRequest, Guide, Samp
 from fathom.encoding.codec import Codec
 from fathom.engine.stub import Script, ScriptedEngine
 from fathom.server.app import create_app
+from fathom.server.listen import Listener, Patience, bound
 
 MODEL = "deepseek-v4-flash"
 
@@ -59,12 +60,13 @@ class Relay:
 
 @dataclass(eq=False)
 class Site:
-    """A running server: `url` is its root; `relay` the engine behind it."""
+    """A running server: `url` is its root; `relay` the engine behind it; `listener` its loop."""
 
     url: str
     codec: Codec
     relay: Relay
     raw: httpx.Client
+    listener: Listener
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a script: control tokens spelled in it become control ids."""
@@ -97,10 +99,10 @@ class Site:
         self.script(Script(self.ids("So")[:2], FinishReason.ERROR, BROKEN))
 
     def openai(self, base: str = "/v1", **options: Any) -> OpenAI:
-        return OpenAI(base_url=self.url + base, api_key="none", **{"max_retries": 0, **options})
+        return _client(OpenAI, self.url + base, **options)
 
     def anthropic(self, base: str = "/anthropic", **options: Any) -> Anthropic:
-        return Anthropic(base_url=self.url + base, api_key="none", **{"max_retries": 0, **options})
+        return _client(Anthropic, self.url + base, **options)
 
     def chat(self, text: str = "Hi", *, path: str = "/chat/completions", **fields: Any) -> httpx.Response:
         """POST a chat completion; `messages=` replaces the one user message."""
@@ -112,6 +114,12 @@ class Site:
 
     def responses(self, said: str = "Hi", *, path: str = "/responses", **fields: Any) -> httpx.Response:
         return self.raw.post(path, json={"model": MODEL, "input": said} | fields)
+
+
+@functools.cache
+def _client(kind: Any, url: str, **options: Any) -> Any:
+    """One client for all tests that ask for the same: to make one takes longer than most tests."""
+    return kind(base_url=url, api_key="none", **{"max_retries": 0, **options})
 
 
 def user(text: Any) -> dict[str, Any]:
@@ -231,17 +239,19 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 
 @contextlib.contextmanager
-def serving(engine: Engine, codec: Codec, desk: Any, settings: Any, **more: Any) -> Iterator[Site]:
+def serving(
+    engine: Engine, codec: Codec, desk: Any, settings: Any, patience: Patience | None = None, **more: Any
+) -> Iterator[Site]:
     """A server for these on a free port, until the block ends."""
     relay = Relay(engine)
     app = create_app(relay, desk, settings=settings, **more)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    listener, socket = Listener(app, patience), bound("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{socket.getsockname()[1]}"
+    thread = threading.Thread(target=listener.run, args=([socket],), daemon=True)
     thread.start()
-    assert eventually(lambda: server.started, 20)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    assert eventually(lambda: listener.started, 20)
     with httpx.Client(base_url=url, timeout=60) as raw:
-        yield Site(url, codec, relay, raw)
-    server.should_exit = True
-    server.force_exit = True
+        yield Site(url, codec, relay, raw, listener)
+    listener.should_exit = True
+    listener.force_exit = True
     thread.join(10)

@@ -1,0 +1,171 @@
+"""What the application does with clients that go, engines that fail and answers that are silent for long."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from fathom.api import GenerateRequest
+from fathom.encoding.answer import AnswerWriter
+from fathom.encoding.codec import Codec
+from fathom.engine.stub import ScriptedEngine
+from fathom.server.app import ServerSettings, create_app
+from tests.server.conftest import desk, scripted
+from tests.server.harness import MODEL, OFF, PARIS, Site, block, chunks, eventually, user
+
+PATHS = ["/chat/completions", "/anthropic/v1/messages", "/responses", "/completions"]
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    """For every protocol at once."""
+    return {"model": MODEL, "messages": [user("Hi")], "input": "Hi", "prompt": "Hi", "max_tokens": 50} | fields
+
+
+async def call(app: FastAPI, path: str, content: bytes, gone: Callable[[], Awaitable[Any]]) -> list[dict[str, Any]]:
+    """One request by hand; the client leaves when `gone` returns. What was sent to it."""
+    sent: list[dict[str, Any]] = []
+    asked = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if asked:
+            return asked.pop()
+        await gone()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"}
+    scope |= {"method": "POST", "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b""}
+    await app(scope | {"headers": [], "client": ("x", 1), "server": ("y", 2), "scheme": "http"}, receive, send)
+    return sent
+
+
+async def at_once() -> None:
+    """A client that has gone before anything was said."""
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", PATHS)
+def test_who_leaves_before_the_first_byte_leaves_nothing_behind(embedded: Codec, path: str, stream: bool) -> None:
+    """More clients than places come and go while the engine is busy: no place, no request stays taken."""
+    engine = ScriptedEngine([embedded.tokenizer.encode("Hello")], gate=threading.Event())
+    app = create_app(engine, desk(embedded), settings=ServerSettings(max_requests=2))
+
+    async def main() -> None:
+        for _ in range(5):
+            sent = await call(app, path, json.dumps(body(stream=stream)).encode(), at_once)
+            assert all(message.get("status") not in (429, 529) for message in sent)
+
+    asyncio.run(main())
+    assert len(engine.requests) == 5
+    assert eventually(lambda: engine.status().running + engine.status().waiting == 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_while_waiting_is_cancelled(embedded: Codec, stream: bool) -> None:
+    """Both while a plain answer is awaited and after its blank lines have begun."""
+    engine = ScriptedEngine([embedded.tokenizer.encode("Hello")], gate=threading.Event())
+    app = create_app(engine, desk(embedded), settings=ServerSettings(max_requests=1, keep_alive=0.1))
+    content = json.dumps(body(stream=stream)).encode()
+
+    async def main() -> None:
+        for seconds in (0.05, 0.4):
+            await call(app, "/chat/completions", content, lambda seconds=seconds: asyncio.sleep(seconds))
+
+    asyncio.run(main())
+    assert eventually(lambda: engine.status().running + engine.status().waiting == 0)
+
+
+@pytest.fixture
+def faulty(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """An engine that cannot even take a request."""
+
+    def submit(request: GenerateRequest, sink: object) -> None:
+        raise RuntimeError("out of luck, secret detail")
+
+    monkeypatch.setattr(site.relay, "submit", submit)
+    yield site
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_fault_is_an_error_body_without_details(faulty: Site, path: str) -> None:
+    answer = faulty.raw.post(path, json=body())
+    assert answer.status_code == 500 and "secret" not in answer.text
+    assert answer.json()["error"]["type"] == "server_error"
+    assert ("type" in answer.json()) == ("messages" in path)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", PATHS[:3])
+def test_a_fault_of_the_writer_ends_the_answer(
+    site: Site, path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C.4 no. 24: the stream ends cleanly, with an error that the protocol's clients know."""
+    pushed = AnswerWriter.push
+
+    def push(writer: AnswerWriter, event: Any) -> Any:
+        if len(writer.ids) == 3:
+            raise KeyError("secret")
+        return pushed(writer, event)
+
+    monkeypatch.setattr(AnswerWriter, "push", push)
+    answer = site.raw.post(path, json=body(stream=stream))
+    assert "secret" not in answer.text
+    if stream:
+        last = chunks(answer.text)[-1]
+        assert "error" in last or last["type"] in ("error", "response.failed")
+    else:
+        assert answer.status_code == 500
+    assert eventually(lambda: site.relay.status().running == 0)
+
+
+def test_signs_of_life_while_everything_said_is_hidden(embedded: Codec) -> None:
+    """A tool block that may not be shown is sampled for a second: comments come all the same."""
+    with scripted(embedded, keep_alive=0.1) as site:
+        site.script("</think>Yes." + block(PARIS), delay=0.01)
+        body = {"model": MODEL, "messages": [user("Hi")], "stream": True}
+        times = []
+        with httpx.stream("POST", site.url + "/chat/completions", json=body) as answer:
+            for _ in answer.iter_bytes():
+                times.append(time.monotonic())
+    assert max(b - a for a, b in itertools.pairwise(times)) < 0.4
+
+
+def test_one_model(site: Site) -> None:
+    assert site.openai().models.retrieve(MODEL).id == MODEL
+    assert site.anthropic().models.retrieve("small").id == "small"
+    refused = site.raw.get("/v1/models/gpt-2")
+    assert refused.status_code == 404 and MODEL in refused.json()["error"]["message"]
+
+
+def test_the_loop_goes_on_while_large_bodies_are_read(site: Site) -> None:
+    """Bodies whose prompts take a second to read, four at once, do not keep others from being answered."""
+    site.script("</think>ok")
+    large = json.dumps(body(messages=[user("word " * 60_000)])).encode()
+    threads = [threading.Thread(target=lambda: httpx.post(site.url + PATHS[0], content=large)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    slowest = 0.0
+    while any(thread.is_alive() for thread in threads):
+        begun = time.monotonic()
+        assert site.raw.get("/health").status_code == 200
+        slowest = max(slowest, time.monotonic() - begun)
+    assert slowest < 0.5
+    assert site.chat(**OFF).status_code == 200
+
+
+def test_the_description_names_every_endpoint(site: Site) -> None:
+    paths = site.raw.get("/openapi.json").json()["paths"]
+    wanted = ("chat/completions", "completions", "responses", "messages", "messages/count_tokens", "models")
+    assert {f"/v1/{name}" for name in wanted} <= set(paths)
+    assert all("requestBody" in way for path in paths.values() for name, way in path.items() if name == "post")
