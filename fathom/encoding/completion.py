@@ -7,8 +7,9 @@ import time
 from typing import Any
 
 from fathom.api import Event, FinishReason, GenerateRequest, Logprob, SamplingParams
+from fathom.encoding import wishes
 from fathom.encoding.answer import Frame
-from fathom.encoding.exchange import Desk, Exchange, user_of
+from fathom.encoding.exchange import Desk, Exchange
 from fathom.encoding.guide import AnswerGuide
 from fathom.encoding.normalise import refuse_unsupported
 from fathom.encoding.tokenizer import TextStream
@@ -32,7 +33,7 @@ class Completions(Exchange):
         self.echo = bool(body.get("echo"))
         self.stops = _stops(body.get("stop"))
         refuse_unsupported(body)
-        self.namespace = json.dumps(["completions", key, user_of(body)])
+        self.namespace = json.dumps(["completions", key, wishes.user(body, self.protocol, False)])
         self.prompt_ids = self._ids()
         self.params = self._params(body)
         self.guide = AnswerGuide(desk.codec.grammars, thinking=False)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 from fathom.api import GenerateRequest, SamplingParams
-from fathom.encoding import normalise
+from fathom.encoding import normalise, wishes
 from fathom.encoding.answer import AnswerWriter, Form
 from fathom.encoding.codec import Codec
 from fathom.encoding.conversation import library
 from fathom.encoding.dialect import Dialect
 from fathom.encoding.guide import AnswerGuide, Function, Grammars
-from fathom.encoding.replay import ReplayStore, Turn
+from fathom.encoding.layout import Rebuilding, behind_header, spliced
+from fathom.encoding.replay import ReplayStore, Said, Turn
 from fathom.encoding.tokenizer import DSML, END_OF_THINKING
 from fathom.errors import ContextError, PromptError, RequestError, SamplingError
 
@@ -42,6 +44,11 @@ class Desk:
     strict: bool = False
     users: bool = False
     replay: ReplayStore = field(default_factory=ReplayStore)
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """The tokenizer's digest: ids mean something only with it."""
+        return blake2b(self.codec.tokenizer.source.encode(), digest_size=16).hexdigest()
 
     def model(self, requested: Any, protocol: str) -> str:
         """The served model behind a requested name. Raises RequestError."""
@@ -104,12 +111,12 @@ class _Conversing(Exchange):
     def __init__(self, protocol: str, body: dict[str, Any], desk: Desk, key: str) -> None:
         self.protocol, self.desk, self.key = protocol, desk, key
         self.model = desk.model(body.get("model"), protocol)
-        self.budget = _budget(body)
+        self.budget = wishes.budget(body)
         body = normalise.NORMALISERS[protocol]({**body, "model": _LIBRARY_MODEL}, desk.strict)
-        self.forced = None if desk.strict else _take_choice(body, protocol)
+        self.forced = None if desk.strict else wishes.take_choice(body, protocol)
         self._keep_thinking = bool(body.pop(normalise.KEEP_THINKING, False))
-        self._task = _task(body) if protocol == "chat" else None
-        self.user = _user(body, protocol, desk.users)
+        self._task = wishes.take_task(body) if protocol == "chat" else None
+        self.user = wishes.user(body, protocol, desk.users)
         self._body = body
         self._request = self._converted(body)
         self.options = self._request.parsing_options
@@ -151,14 +158,27 @@ class _Conversing(Exchange):
         return AnswerWriter(self.desk.codec, form)
 
     def remember(self, writer: AnswerWriter) -> None:
-        """Keep the sampled ids under the ids of the calls, or under what was said."""
-        said = writer.message()
-        calls = [(c["function"]["name"], c["function"]["arguments"]) for c in said.get("tool_calls", ())]
-        turn = Turn(
-            tuple(writer.ids), self.thinking, said["content"], said.get("reasoning_content") or "", tuple(calls)
-        )
-        ids = [c["id"] for c in said.get("tool_calls", ())]
-        self.desk.replay.remember(self.namespace, self._question, ids, turn)
+        """Keep the sampled ids under the ids of the calls, and under what was said."""
+        codec, message, last = self.desk.codec, writer.message(), self._request.conversation.messages[-1]
+        if self._task:
+            return
+        begun, thinking = behind_header(codec, self.prompt_ids)
+        ids = [*begun, *writer.ids]
+        if thinking and codec.tokenizer.added[END_OF_THINKING] not in ids:
+            return
+        given = last if last.role == "assistant" else None
+        text = (given.content if given else "") + message["content"]
+        reasoning = ((given.reasoning_content or "") if given else "") + (message.get("reasoning_content") or "")
+        calls = message.get("tool_calls", ())
+        named = tuple((call["function"]["name"], call["function"]["arguments"]) for call in calls)
+        said = Said(text, reasoning, named)
+        turn = Turn.of(ids, thinking, said)
+        self.desk.replay.remember(self._scope, self._question, [call["id"] for call in calls], said, turn)
+
+    @property
+    def _scope(self) -> str:
+        """Who may be given ids of this answer: the same client, with the same vocabulary."""
+        return json.dumps([self.desk.vocabulary, self.key, self.user])
 
     # --- the conversation
 
@@ -183,12 +203,15 @@ class _Conversing(Exchange):
         """The prompt's ids, turns sampled here as they were sampled."""
         recipe, codec = library(), self.desk.codec
         given = self._request.conversation.messages
-        rebuilt, turns = self._rebuilt(self._request.conversation)
+        self._prefilled = self.protocol == "messages" and bool(given) and given[-1].role == "assistant"
+        rebuilding = Rebuilding(self._known, self._request.conversation.thinking_mode, self._prefilled)
+        rebuilt = self._with_settings(self._request.conversation, rebuilding.messages(given))
+        self._question = rebuilding.question
         try:
             rendered = codec.render_conversation(rebuilt)
         except (RuntimeError, ValueError) as error:
             raise PromptError(str(error)) from None
-        self.prompt_ids = _spliced(codec, rendered, turns, self._keep_thinking)
+        self.prompt_ids = spliced(codec, rendered, rebuilding.turns, self._keep_thinking)
         stage = self.options.thinking_initial_stage
         self.thinking = bool(stage and stage.starts_in_reasoning())
         if rendered.prompt.endswith(f"<{DSML}tool_calls>\n"):
@@ -209,51 +232,17 @@ class _Conversing(Exchange):
         self.prompt_ids = [*(self.prompt_ids if task == "action" else self.prompt_ids[:-2]), token]
         self.options.thinking_initial_stage, self.thinking = None, False
 
-    def _rebuilt(self, given: Any) -> tuple[Any, list[tuple[str, Turn]]]:
-        """The conversation in the checkpoint's dialect, calls numbered in their order, known turns as placeholders."""
-        recipe, turns = library(), list[tuple[str, Turn]]()
-        names: dict[str, str] = {}
-        made: list[Any] = []
-        mark, self._question = secrets.token_hex(8), ""
-        last = len(given.messages) - 1
-        self._prefilled = self.protocol == "messages" and last >= 0 and given.messages[last].role == "assistant"
-        for n, message in enumerate(given.messages):
-            if message.role == "user":
-                self._question = message.content
-            if message.role == "assistant":
-                turn = self._known(message)
-                if turn and n < last:
-                    sentinel = f"\ue000{mark}-{n}\ue001"
-                    turns.append((sentinel, turn))
-                    for call in message.tool_calls or ():
-                        names[call.id] = f"call_{len(names):06d}"
-                    made.append(recipe.AssistantMessage(sentinel, reasoning_content=""))
-                    continue
-                calls = []
-                for call in message.tool_calls or ():
-                    names[call.id] = f"call_{len(names):06d}"
-                    calls.append(recipe.ToolCall(names[call.id], call.name, call.arguments))
-                prefix = message.prefix or (n == last and self._prefilled)
-                made.append(
-                    recipe.AssistantMessage(message.content, message.reasoning_content, calls or None, prefix=prefix)
-                )
-            elif message.role == "tool":
-                made.append(recipe.ToolMessage(message.content, names.get(message.tool_call_id, message.tool_call_id)))
-            else:
-                made.append(message)
-        return self._with_settings(given, made), turns
-
     def _with_settings(self, given: Any, messages: Sequence[Any]) -> Any:
         effort, april = given.reasoning_effort, self.desk.codec.settings.dialect is Dialect.APRIL
         choice = given.tool_choice
-        if self.forced and not given.thinking_mode:
+        if self.forced is not None and not given.thinking_mode:
             choice = "required"
         formats = {"response_schema": given.response_schema} if given.response_format == "json_schema" else {}
         if given.response_format == "json_object":
             formats = {"response_format": "json_object"}
         tools = given.tools
-        if self.forced not in (None, "any") and not given.thinking_mode:
-            tools = [tool for tool in tools if tool.name == self.forced]
+        if self.forced and not given.thinking_mode:
+            tools = [tool for tool in tools if tool.name in self.forced]
         return library().Conversation(
             messages,
             thinking_mode=given.thinking_mode,
@@ -263,17 +252,15 @@ class _Conversing(Exchange):
             **formats,
         )
 
-    def _known(self, message: Any) -> Turn | None:
+    def _known(self, question: str, message: Any) -> Turn | None:
         """The turn as it was sampled; or as it was sent, where its thinking is to stay in the prompt."""
-        if self._keep_thinking and message.reasoning_content and not message.tool_calls:
-            tokenizer, reasoning = self.desk.codec.tokenizer, message.reasoning_content
+        calls = tuple((call.name, call.arguments) for call in message.tool_calls or ())
+        said = Said(message.content, message.reasoning_content, calls)
+        if self._keep_thinking and said.reasoning and not calls:
+            tokenizer = self.desk.codec.tokenizer
             end = tokenizer.added[END_OF_THINKING]
-            said = (*tokenizer.encode(reasoning), end, *tokenizer.encode(message.content))
-            return Turn(said, True, message.content, reasoning, ())
-        calls = [(c.name, c.arguments) for c in message.tool_calls or ()]
-        ids = [c.id for c in message.tool_calls or ()]
-        reasoning = message.reasoning_content
-        return self.desk.replay.find(self.namespace, self._question, ids, message.content, reasoning, calls)
+            return Turn.of([*tokenizer.encode(said.reasoning), end, *tokenizer.encode(said.text)], True, said)
+        return self.desk.replay.find(self._scope, question, [call.id for call in message.tool_calls or ()], said)
 
     # --- sampling
 
@@ -286,7 +273,7 @@ class _Conversing(Exchange):
             return SamplingParams(
                 temperature=float(temperature),
                 top_p=float(top_p) or 1e-9,
-                top_k=_top_k(body),
+                top_k=wishes.top_k(body),
                 max_tokens=self._max_tokens(options.max_tokens),
                 seed=options.seed,
                 logprobs=(options.top_logprobs or 0) if options.logprobs else None,
@@ -322,16 +309,16 @@ class _Conversing(Exchange):
     def _call_guide(self, grammars: Grammars) -> AnswerGuide:
         """A forced call begins the answer; one of the model's own will is held to its form once it has begun."""
         tools = self._request.conversation.tools
-        chosen = [t for t in tools if self.forced in (None, "any", t.name)]
+        chosen = [tool for tool in tools if not self.forced or tool.name in self.forced]
         functions = [Function(t.name, t.parameters or {}) for t in chosen]
         in_block = self.options.starts_in_tool_calls
         try:
-            if self.forced or in_block:
+            if self.forced is not None or in_block:
                 matcher = grammars.calls(functions, "" if in_block else grammars.opening(whole=True))
                 return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, matcher=matcher)
             calls = grammars.calls(functions, grammars.opening(whole=False))
         except RequestError:
-            if self.forced or any(t.strict for t in chosen):
+            if self.forced is not None or any(tool.strict for tool in chosen):
                 raise
             calls = None  # a schema that cannot be enforced: the model is trusted, the guard still reads
         return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, calls=calls)
@@ -342,8 +329,8 @@ class _Conversing(Exchange):
 
     def _keep(self) -> tuple[int, ...]:
         """Where the last turn of the user begins: the next prompt may part from this one there."""
-        user = self.desk.codec.tokenizer.added["<｜User｜>"]
-        return (max((n for n, i in enumerate(self.prompt_ids) if i == user), default=0),)
+        user, ids = self.desk.codec.tokenizer.added["<｜User｜>"], self.prompt_ids
+        return (len(ids) - 1 - ids[::-1].index(user) if user in ids else 0,)
 
     def _generator(self, identity: str) -> Any:
         recipe = library()
@@ -352,99 +339,6 @@ class _Conversing(Exchange):
             made = made.with_echo(self._echo)
             made = made.with_namespace_tool_map(self._spaces) if self._spaces else made
         return made
-
-
-def _spliced(codec: Codec, rendered: Any, turns: Sequence[tuple[str, Turn]], keep_thinking: bool) -> list[int]:
-    """The prompt's ids, each placeholder replaced by the ids that were sampled for it."""
-    text, ranges, at = rendered.prompt, rendered.special_ranges, 0
-    ids: list[int] = []
-    for sentinel, turn in turns:
-        place = text.index(sentinel, at)
-        ids += codec.tokenizer.splice(text[at:place], _within(ranges, at, place))
-        ids = _joined(codec, ids, turn, keep_thinking)
-        at = place + len(sentinel)
-    return ids + codec.tokenizer.splice(text[at:], _within(ranges, at, len(text)))
-
-
-def _within(ranges: Sequence[tuple[int, int]], begin: int, end: int) -> list[tuple[int, int]]:
-    return [(a - begin, b - begin) for a, b in ranges if begin <= a and b <= end]
-
-
-def _joined(codec: Codec, ids: list[int], turn: Turn, keep_thinking: bool) -> list[int]:
-    """A turn behind its header: with its thinking where the header opens one, else what came after it."""
-    added = codec.tokenizer.added
-    think, end = added["<think>"], added[END_OF_THINKING]
-    if keep_thinking and turn.thinking and ids[-2:-1] != [think]:
-        return [*ids[:-1], think, *turn.ids]
-    if turn.thinking and ids[-2:] == [think, end]:
-        return ids[:-1] + list(turn.ids)
-    shown = turn.ids[turn.ids.index(end) + 1 :] if turn.thinking and end in turn.ids else turn.ids
-    return ids + list(shown)
-
-
-def _take_choice(body: dict[str, Any], protocol: str) -> str | None:
-    """A forced choice of tool, taken out of the body: "any", or a name. The library refuses some and ignores others."""
-    choice = body.get("tool_choice")
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        inner = choice.get("allowed_tools")
-        allowed: dict[str, Any] = inner if isinstance(inner, dict) else choice
-        names = {_tool_name(t) for t in allowed.get("tools") or ()}
-        body["tools"] = [t for t in body.get("tools") or () if _tool_name(t) in names]
-        choice = allowed.get("mode", "auto")
-        body["tool_choice"] = choice
-    if not body.get("tools"):
-        body.pop("tool_choice", None)
-        return None
-    forced = None
-    if choice in ("required", "any") or (isinstance(choice, dict) and choice.get("type") in ("any", "required")):
-        forced = "any"
-    elif isinstance(choice, dict) and choice.get("type") in ("function", "tool", "custom"):
-        forced = _tool_name(choice)
-        if forced not in {_tool_name(t) for t in body["tools"]}:
-            raise RequestError(
-                400, f"tool_choice names '{forced}', which is no tool of this request", param="tool_choice"
-            )
-    if forced:
-        body["tool_choice"] = {"type": "auto"} if protocol == "messages" else "auto"
-    return forced
-
-
-def _tool_name(tool: Any) -> str:
-    tool = tool if isinstance(tool, dict) else {}
-    return str(tool.get("name") or (tool.get("function") or {}).get("name") or "")
-
-
-def _top_k(body: Mapping[str, Any]) -> int | None:
-    """Clients of other engines write 0 or -1 for "all"."""
-    top_k = body.get("top_k")
-    return None if top_k in (0, -1) else top_k
-
-
-def _budget(body: Mapping[str, Any]) -> int | None:
-    """How many tokens the thinking may take."""
-    thinking = body.get("thinking")
-    budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
-    return budget if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0 else None
-
-
-def _task(body: dict[str, Any]) -> str | None:
-    """The quick instruction on the last message, taken off; an answer that carries one is not continued."""
-    turns = body.get("messages")
-    last = turns[-1] if isinstance(turns, list) and turns else {}
-    task = last.pop("task", None) if isinstance(last, dict) else None
-    return task if isinstance(task, str) else None
-
-
-def _user(body: Mapping[str, Any], protocol: str, isolate_messages: bool) -> str:
-    if protocol == "messages":
-        metadata = body.get("metadata")
-        return str(metadata.get("user_id") or "") if isolate_messages and isinstance(metadata, dict) else ""
-    return user_of(body)
-
-
-def user_of(body: Mapping[str, Any]) -> str:
-    """The client's user, whose prefixes are not shared with others."""
-    return str(body.get("user_id") or body.get("user") or "")
 
 
 def _refused(error: Any) -> RequestError:
