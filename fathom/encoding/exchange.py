@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from hashlib import blake2b
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fathom.api import GenerateRequest, SamplingParams
@@ -45,11 +44,6 @@ class Desk:
     users: bool = False
     replay: ReplayStore = field(default_factory=ReplayStore)
 
-    @cached_property
-    def vocabulary(self) -> str:
-        """The tokenizer's digest: ids mean something only with it."""
-        return blake2b(self.codec.tokenizer.source.encode(), digest_size=16).hexdigest()
-
     def model(self, requested: Any, protocol: str) -> str:
         """The served model behind a requested name. Raises RequestError."""
         if not isinstance(requested, str) or not requested:
@@ -84,6 +78,11 @@ class Exchange:
             return Exchange._understood(protocol, normalise.parse(raw), desk, key)
         except RecursionError:
             raise RequestError(400, "Failed to deserialize the JSON body: it is nested too deeply") from None
+
+    @staticmethod
+    def count(raw: bytes, desk: Desk, *, key: str = "") -> int:
+        """Prompt tokens of a Messages body, which need not fit the context. Raises RequestError."""
+        return len(Exchange.open("messages", raw, replace(desk, context=sys.maxsize), key=key).prompt_ids)
 
     @staticmethod
     def _understood(protocol: str, body: dict[str, Any], desk: Desk, key: str) -> Exchange:
@@ -178,7 +177,7 @@ class _Conversing(Exchange):
     @property
     def _scope(self) -> str:
         """Who may be given ids of this answer: the same client, with the same vocabulary."""
-        return json.dumps([self.desk.vocabulary, self.key, self.user])
+        return json.dumps([self.desk.codec.tokenizer.digest, self.key, self.user])
 
     # --- the conversation
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from fathom.encoding.tokenizer import DSML, END_OF_THINKING, Tokenizer
@@ -40,6 +40,8 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, eos: int) -> None:
         self.tokenizer, self.eos = tokenizer, eos
         self.mark = f"<[{tokenizer.added[DSML]}]>"
+        # The tools of an agent come with every round: compiling them takes longer than all else in reading it.
+        self._compiled = lru_cache(maxsize=32)(self._compile)
 
     @cached_property
     def _vocabulary(self) -> Any:
@@ -107,6 +109,9 @@ class Grammars:
         return f'"false\\">" %json {json.dumps(wanted)} "</" {self.mark} "parameter>\\n"'
 
     def _matcher(self, lark: str, what: str) -> Any:
+        return self._compiled(lark, what).deep_copy()
+
+    def _compile(self, lark: str, what: str) -> Any:
         lib = _library()
         matcher = lib.LLMatcher(self._vocabulary, lib.LLMatcher.grammar_from_lark(lark), log_level=0)
         if matcher.is_error():

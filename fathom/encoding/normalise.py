@@ -146,8 +146,8 @@ def _part_text(part: Any) -> str:
         if isinstance(part.get(key), str):
             return str(part[key])
     source = part.get("source")
-    if part.get("type") == "document" and isinstance(source, dict):
-        return text_of(source.get("data") if source.get("type") == "text" else source.get("content"))
+    if part.get("type") == "document" and isinstance(source, dict) and source.get("type") in ("text", "content"):
+        return text_of(source.get("data") or source.get("content"))
     if part.get("type") == "search_result":
         return text_of(part.get("content"))
     return f"[Unsupported {part.get('type', 'part')}]"

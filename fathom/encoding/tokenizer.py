@@ -9,6 +9,8 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Sequence
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,11 @@ class Tokenizer:
         if missing := [c for c in CONTROLS if c not in tokenizer.added]:
             raise CheckpointError(f"{path} has no added token {missing[0]}: prompts cannot be written with it")
         return tokenizer
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the vocabulary: ids mean something only with it."""
+        return blake2b(self.source.encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: a control token spelled in it stays ordinary text."""
