@@ -1,6 +1,6 @@
 """The embedded model behind `transformers serve` and behind `fathom serve`, the same questions, in turns.
 
-`python benchmarks/peers/serve_peer.py`, about four minutes on two cores. transformers gets our BF16 export and a chat
+`python benchmarks/peers/serve_peer.py`, about four minutes on two cores. transformers (with accelerate) gets our BF16 export and a chat
 template that writes the same prompt; it has no activation quantisers.
 """
 
@@ -23,7 +23,7 @@ from fathom.config import WEIGHTS
 from fathom.skills.mix import held_out
 
 RESULTS = Path(__file__).parents[1] / "results"
-STREAMS, ROUNDS, PORTS = (1, 8, 32), 3, {"fathom": 8471, "transformers": 8472}
+STREAMS, ROUNDS, PORTS = (1, 8), 3, {"fathom": 8471, "transformers": 8472}
 TEMPLATE = (
     "<｜begin▁of▁sentence｜>{% for m in messages %}<｜User｜>{{ m['content'] }}{% endfor %}<｜Assistant｜><think>"
 )
