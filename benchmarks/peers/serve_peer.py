@@ -1,7 +1,7 @@
 """The embedded model behind `transformers serve` and behind `fathom serve`, the same questions, in turns.
 
-`python benchmarks/peers/serve_peer.py`, about four minutes on two cores. transformers (with accelerate) gets our BF16 export and a chat
-template that writes the same prompt; it has no activation quantisers.
+`python benchmarks/peers/serve_peer.py`, about four minutes on two cores. transformers needs accelerate; it gets our
+BF16 export and a chat template that writes the same prompt, and has no activation quantisers.
 """
 
 from __future__ import annotations
