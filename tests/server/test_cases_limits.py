@@ -58,7 +58,7 @@ def test_case_92_a_crowd_waits_or_comes_again(narrow: Site) -> None:
     narrow.script(SAID, delay=0.005)
     refused = []
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: httpx.post(narrow.url + "/v1/chat/completions", json=body()), range(8)))
+        answers = list(pool.map(lambda _: narrow.raw.post("/v1/chat/completions", json=body()), range(8)))
         for answer in (a for a in answers if a.status_code != 200):
             refused.append(answer)
             assert answer.status_code in (429, 503) and int(answer.headers["retry-after"]) >= 1
@@ -74,7 +74,7 @@ def test_case_92_a_crowd_waits_or_comes_again(narrow: Site) -> None:
 def test_case_92_a_crowd_is_served(site: Site) -> None:
     site.script(SAID)
     with ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(lambda n: httpx.post(site.url + "/chat/completions", json=body(f"{n}")), range(64)))
+        answers = list(pool.map(lambda n: site.raw.post("/chat/completions", json=body(f"{n}")), range(64)))
     assert [a.status_code for a in answers] == [200] * 64
     assert {a.json()["choices"][0]["message"]["content"] for a in answers} == {"It is four."}
 
