@@ -44,7 +44,7 @@ chat: .venv/.ready
 	@$(BIN)/fathom chat
 
 test: .venv/.tools
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-external: .venv/.tools
 	@$(BIN)/python -m pytest -m 'external and not gpu' || { code=$$?; test $$code -eq 5 && echo "no external tests"; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
 import tomllib
@@ -181,6 +182,12 @@ def _welcome(listening: socket.socket, names: tuple[str, ...], keys: bool) -> st
     key = "KEY" if keys else "none"
     host, port = listening.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "options": {"baseURL": f"{url}/v1", "apiKey": key},
+        "models": {names[-1]: {}},
+    }
+    opencode = {"model": f"fathom/{names[-1]}", "provider": {"fathom": provider}}
     return f"""Fathom serves {names[-1]} on {url}  (the page is there, too; Ctrl-C stops)
 
   curl {url}/v1/chat/completions -H 'content-type: application/json' \\
@@ -191,4 +198,5 @@ def _welcome(listening: socket.socket, names: tuple[str, ...], keys: bool) -> st
   Claude Code   ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN={key} ANTHROPIC_MODEL={names[0]} claude
   Codex         codex -c model_provider=fathom -c 'model_providers.fathom={{name="Fathom", base_url="{url}/v1", \
 wire_api="responses"}}' -m {names[0]}
+  OpenCode      OPENCODE_CONFIG_CONTENT='{json.dumps(opencode)}' opencode
 """

@@ -65,6 +65,7 @@ class AnswerWriter:
         self._all_logprobs: dict[str, list[dict[str, Any]]] = {}
         self._sequence = 0
         self._control = frozenset(codec.tokenizer.added.values())
+        self._end_of_thinking, self._thought = codec.tokenizer.added[END_OF_THINKING], -1
         self.ids: list[int] = []
         self.stopped = False
 
@@ -92,6 +93,8 @@ class AnswerWriter:
     def push(self, event: Event) -> list[Frame]:
         """The frames of one sampled token."""
         assert event.token is not None
+        if self._thought < 0 and event.token == self._end_of_thinking:
+            self._thought = len(self.ids)
         self.ids.append(event.token)
         if self.form.logprobs and event.logprob and event.token not in self._control:
             self._logprobs.append((self._guard.thinking, self._entry(event.token, event.logprob)))
@@ -193,8 +196,7 @@ class AnswerWriter:
     def _reasoning(self) -> int:
         if not self.form.thinking:
             return 0
-        end = self._codec.tokenizer.added[END_OF_THINKING]
-        return self.ids.index(end) if end in self.ids else len(self.ids)
+        return len(self.ids) if self._thought < 0 else self._thought
 
     def _set_usage(self, usage: dict[str, Any] | None) -> None:
         """The library counts what was pushed; the ids that were sampled are what is paid for."""
