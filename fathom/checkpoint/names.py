@@ -104,7 +104,7 @@ def _entries(name: str, shape: Shape, shapes: dict[str, Shape]) -> Iterator[Entr
     if name.endswith("experts.w13"):
         yield from _stack(name.removesuffix("w13"), shape, shapes[name.removesuffix("w13") + "w2"])
     elif not name.endswith("experts.w2"):
-        yield Entry(name, shape, _kind(name), name)
+        yield Entry(name, shape, kind_of(name), name)
 
 
 def _stack(prefix: str, up: Shape, down: Shape) -> Iterator[Entry]:
@@ -115,7 +115,8 @@ def _stack(prefix: str, up: Shape, down: Shape) -> Iterator[Entry]:
         yield Entry(f"{prefix}{e}.w2.weight", down[1:], "expert", prefix + "w2", e)
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """What kind of tensor a parameter of our model is, see `Entry`."""
     if name.endswith("tid2eid"):
         return "table"
     if _LINEAR.search(name):

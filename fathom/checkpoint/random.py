@@ -22,7 +22,7 @@ from fathom.checkpoint.save import Item, companion_files, write_checkpoint
 from fathom.config import ModelConfig
 from fathom.errors import ConfigError
 
-_SPREAD = {"fp4": 2.93 * 1.32, "fp8": 0.62 * 1.32}
+SPREAD = {"fp4": 2.93 * 1.32, "fp8": 0.62 * 1.32}
 """Standard deviation of the random codes of a form, times that of the varying scales."""
 _CHUNK = 1 << 22
 
@@ -91,7 +91,7 @@ def _codes(spec: Spec, rng: np.random.Generator) -> Tensor:
 
 def _scales(spec: Spec, form: str, inputs: int, rng: np.random.Generator) -> Tensor:
     """Powers of two around the one that gives the weights a standard deviation of inputs^-0.5."""
-    middle = 127 + round(math.log2(inputs**-0.5 / _SPREAD[form]))
+    middle = 127 + round(math.log2(inputs**-0.5 / SPREAD[form]))
     raw = torch.from_numpy(rng.integers(middle - 1, middle + 2, spec.shape, np.uint8)).view(torch.float8_e8m0fnu)
     return raw if spec.dtype == "F8_E8M0" else raw.float()
 
@@ -107,16 +107,17 @@ def _table(entry: Entry, config: ModelConfig, rng: np.random.Generator) -> Tenso
 def _floats(entry: Entry, spec: Spec, rng: np.random.Generator) -> Tensor:
     """Normal values around what makes the part do something: 1 for norms and gates, 0 for the rest."""
     out = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
-    flat, (centre, spread) = out.view(-1), _distribution(entry)
+    flat, (centre, spread) = out.view(-1), distribution(entry.name, entry.shape)
     for i in range(0, flat.numel(), _CHUNK):
         part = flat[i : i + _CHUNK]
         part.copy_(torch.from_numpy(rng.standard_normal(part.numel(), np.float32)).mul_(spread).add_(centre))
     return out
 
 
-def _distribution(entry: Entry) -> tuple[float, float]:
-    if entry.name.endswith(("norm.weight", "_scale")):
+def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Centre and spread of the normal values of a tensor that is not quantised."""
+    if name.endswith(("norm.weight", "_scale")):
         return 1.0, 0.1
-    if entry.name == "embed.weight":
+    if name == "embed.weight":
         return 0.0, 1.0
-    return 0.0, 0.1 if entry.name.endswith("gate.bias") else 0.7 if len(entry.shape) == 1 else entry.shape[-1] ** -0.5
+    return 0.0, 0.1 if name.endswith("gate.bias") else 0.7 if len(shape) == 1 else shape[-1] ** -0.5
