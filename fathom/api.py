@@ -134,12 +134,14 @@ class Ticket(Protocol):
 class Status:
     """What an engine is doing: requests waiting and running.
 
-    tiers of its cache: name (device, host, disk) -> (bytes used, bytes at most); notes: what the user should know.
+    tiers of its cache: name (device, host, disk) -> (bytes used, bytes at most); restored: prompt tokens that each tier
+    has given back so far; notes: what the user should know.
     """
 
     waiting: int = 0
     running: int = 0
     tiers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    restored: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

@@ -61,6 +61,10 @@ class RequestError(FathomError):
         self.status, self.message, self.type, self.code, self.param = status, message, type, code, param
         self.retry_after = retry_after
 
+    def body(self) -> dict[str, str | None]:
+        """What stands under `error` in an answer."""
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
 
 class TrainError(FathomError):
     """A training run cannot start, or cannot go on from what it finds."""

@@ -17,6 +17,10 @@ from fathom.encoding.codec import Codec
 from fathom.encoding.conversation import library
 from fathom.encoding.guard import Guard
 from fathom.encoding.tokenizer import END_OF_THINKING
+from fathom.errors import RequestError
+
+_MESSAGES_ERRORS = {402: "billing_error", 408: "timeout_error", 429: "rate_limit_error", 503: "overloaded_error"}
+"""What Anthropic's clients call an error, by its status; `api_error` is any other."""
 
 _RESPONSES = {"chat": "ChatCompletionResponse", "messages": "MessagesResponse", "responses": "ResponsesResponse"}
 
@@ -115,16 +119,16 @@ class AnswerWriter:
         done = self._kind.sse_done_data()
         return frames + ([Frame(done)] if done else [])
 
-    def error(self, message: str) -> list[Frame]:
-        """The frames that end a stream which has begun and cannot go on."""
+    def error(self, error: RequestError) -> list[Frame]:
+        """The frames that end a stream which has begun and cannot go on, in the words of the protocol."""
         self._stream.close()
-        body = {"message": message, "type": "server_error", "param": None, "code": "internal_error"}
         if self.form.protocol == "messages":
-            error = {"type": "error", "error": {"type": "api_error", "message": message}}
-            return [Frame(json.dumps(error), "error")]
+            kind = _MESSAGES_ERRORS.get(error.status, "api_error")
+            said = {"type": "error", "error": {"type": kind, "message": error.message}}
+            return [Frame(json.dumps(said), "error")]
         if self.form.protocol == "responses":
-            return [self._failed(message)]
-        return [Frame(json.dumps({"error": body}))]
+            return [self._failed(error)]
+        return [Frame(json.dumps({"error": error.body()}))]
 
     def body(self) -> str:
         """The whole answer as one JSON text, after `finish`."""
@@ -215,9 +219,10 @@ class AnswerWriter:
     def _mark_usage(self, frames: list[Frame]) -> None:
         """Nothing to add: the closing chunk carries the usage, which is what `include_usage` asks for today."""
 
-    def _failed(self, message: str) -> Frame:
+    def _failed(self, error: RequestError) -> Frame:
         whole = json.loads(self._whole.to_json())
-        whole |= {"status": "failed", "error": {"code": "server_error", "message": message}}
+        code = "insufficient_quota" if error.status == 402 else "server_error"
+        whole |= {"status": "failed", "error": {"code": code, "message": error.message}}
         event = {"type": "response.failed", "sequence_number": self._sequence, "response": whole}
         return Frame(json.dumps(event), "response.failed")
 

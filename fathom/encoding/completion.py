@@ -124,10 +124,9 @@ class TextWriter:
             self._finish = "length"
         return [*frames, self._frame("", self._finish), Frame("[DONE]")]
 
-    def error(self, message: str) -> list[Frame]:
+    def error(self, error: RequestError) -> list[Frame]:
         """The frame that ends a stream which cannot go on."""
-        body = {"message": message, "type": "server_error", "param": None, "code": "internal_error"}
-        return [Frame(json.dumps({"error": body}))]
+        return [Frame(json.dumps({"error": error.body()}))]
 
     def body(self) -> str:
         """The whole."""

@@ -138,8 +138,8 @@ class Core:
     def status(self) -> Status:
         """How it is. Any thread."""
         waiting, running = self.scheduler.waiting, len(self.scheduler.running)
-        notes = (*self._notes, *self.prefix.notes)
-        return Status(waiting=waiting, running=running, tiers=self.prefix.tiers, notes=notes)
+        prefix, notes = self.prefix, (*self._notes, *self.prefix.notes)
+        return Status(waiting=waiting, running=running, tiers=prefix.tiers, restored=dict(prefix.restored), notes=notes)
 
     def close(self) -> None:
         """End all that runs or waits, save the cache."""

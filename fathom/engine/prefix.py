@@ -75,9 +75,10 @@ class Hit:
 
 
 class PrefixCache:
-    """The tiers above `pool` and `cache`. For the engine's thread; `tiers` and `notes` from any.
+    """The tiers above `pool` and `cache`. For the engine's thread; `tiers`, `restored` and `notes` from any.
 
-    fingerprint: of the model, `engine.fingerprint`. host: its bytes at most. disk: None for none.
+    fingerprint: of the model, `engine.fingerprint`. host: its bytes at most. disk: None for none. restored: tokens that
+    each tier has given back.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class PrefixCache:
         self.pool, self.cache, self.host, self.disk = pool, cache, Host(host), disk
         self._fingerprint = fingerprint
         self._device: OrderedDict[bytes, int] = OrderedDict()
+        self.restored = {"device": 0, "host": 0} | ({"disk": 0} if disk else {})
         pool.reclaim = self.reclaim
 
     @property
@@ -119,6 +121,7 @@ class PrefixCache:
     def restore(self, hit: Hit, pages: Sequence[int], slot: int) -> bool:
         """Fill `slot`, and those of `pages` that the hit had none for. False if something could not be read."""
         missing = [(key, page) for key, page, was in zip(hit.keys, pages, hit.pages, strict=True) if was is None]
+        lower = ["host" if key in self.host.entries else "disk" for key, _ in missing]
         state = self._load(end := state_key(hit.keys[-1]))
         blocks = [block for key, _ in missing if (block := self._load(key)) is not None]
         if state is None or len(blocks) < len(missing):
@@ -130,6 +133,8 @@ class PrefixCache:
         for key, page in missing:
             self._adopt(key, page)
         self._touch(hit.keys)
+        for tier in (*lower, *["device"] * (len(hit.keys) - len(missing))):
+            self.restored[tier] += PAGE
         return True
 
     def save(self, namespace: str, ids: Sequence[int], at: int, pages: Sequence[int], slot: int) -> None:

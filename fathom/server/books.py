@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from fathom.errors import RequestError
-from fathom.server.keys import Gate, Key, Keyring
+from fathom.errors import ConfigError, RequestError
+from fathom.server.keys import Gate, Key, Keyring, used_up
 from fathom.server.metering import Meter, Row, Totals
 from fathom.server.metrics import Metrics
 from fathom.server.prices import Price, PriceBook, Tokens
+
+_BEARER = re.compile(r"\s*bearer(?:\s|$)", re.IGNORECASE)
 
 _log = logging.getLogger("fathom.requests")
 
@@ -28,7 +31,8 @@ _log = logging.getLogger("fathom.requests")
 class Books:
     """The accounts of one server.
 
-    bill_as: the model of the price book whose prices are charged. Keys are asked for once there is one.
+    bill_as: the model of the price book whose prices are charged; clock: the time of day, by which prices are chosen.
+    Keys are asked for once there is one.
     """
 
     metrics: Metrics
@@ -36,6 +40,7 @@ class Books:
     bill_as: str
     meter: Meter | None = None
     keyring: Keyring | None = None
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC)
 
     def __post_init__(self) -> None:
         self.gate = Gate(self.meter.spent if self.meter else lambda _: Decimal(0))
@@ -44,18 +49,24 @@ class Books:
         """Whose request it is. Raises RequestError 401 where keys are asked for. Reference api B.1."""
         if self.keyring is None or not len(self.keyring):
             return None
-        given = headers.get("authorization", "").removeprefix("Bearer ").strip() or headers.get("x-api-key", "")
+        given = _BEARER.sub("", headers.get("authorization", ""), count=1).strip() or headers.get("x-api-key", "")
         if not given:
             message = "Authentication Fails: send a key as 'Authorization: Bearer KEY'"
             raise RequestError(401, message, type="authentication_error")
         return self.keyring.find(given)
 
     def open(self, key: Key | None, identity: str, protocol: str, model: str) -> Account:
-        """Begin a request. Raises RequestError: 402, 429 of its key; 503 when nothing more can be booked."""
+        """Begin a request. Raises RequestError: 402, 429 of its key; 503 when it could not be booked."""
         if self.meter and self.meter.full:
             message = "the ledger's database is away and its journal is full: no more can be booked"
             raise RequestError(503, message, type="server_error", code="overloaded", retry_after=10)
-        return Account(self, key, identity, protocol, model)
+        at = self.clock()
+        try:
+            price = self.price(at)
+        except ConfigError as error:
+            message = f"the server's clock shows {at:%F %R} UTC: {error}"
+            raise RequestError(503, message, type="server_error", code="no_price", retry_after=60) from None
+        return Account(self, key, identity, protocol, model, at, price)
 
     def price(self, moment: datetime) -> Price:
         """What holds at this moment."""
@@ -92,19 +103,19 @@ class Books:
 class Account:
     """One request's: admitted, charged while it goes on, booked once at its end."""
 
-    def __init__(self, books: Books, key: Key | None, identity: str, protocol: str, model: str) -> None:
+    def __init__(
+        self, books: Books, key: Key | None, identity: str, protocol: str, model: str, at: datetime, price: Price
+    ) -> None:
         self._books, self._key, self._identity = books, key, identity
-        self._protocol, self._model = protocol, model
-        self._at, self._begun = datetime.now(UTC), time.monotonic()
+        self._protocol, self._model, self._at, self._price = protocol, model, at, price
+        self._begun, self._last = time.monotonic(), 0.0
         self._first: float | None = None
-        self._last = 0.0
-        self._price = books.price(self._at)
         self._stack = ExitStack()
         self._admission = self._stack.enter_context(books.gate.admit(key)) if key else None
         self._closed = False
 
-    def progress(self, usage: Mapping[str, int], tokens: int) -> None:
-        """`tokens` more were said. Raises RequestError 402 when the key's budget is used up."""
+    def progress(self, usage: Mapping[str, int], tokens: int) -> RequestError | None:
+        """`tokens` more were said; the reason to end it here, once the key's budget is used up."""
         now = time.monotonic()
         if self._first is None:
             self._first = now
@@ -112,8 +123,9 @@ class Account:
         else:
             self._books.metrics.next_token(now - self._last, tokens)
         self._last = now
-        if self._admission and not self._admission.charge(self._amount(usage), _all(usage)):
-            raise RequestError(402, "Insufficient Balance: the key's budget is used up", code="insufficient_balance")
+        if not self._key or not self._admission or self._admission.charge(self._amount(usage), _all(usage)):
+            return None
+        return used_up(self._key)
 
     def close(self, usage: Mapping[str, int], finish: str) -> None:
         """The request has ended: booked for good when this returns. Further calls do nothing."""

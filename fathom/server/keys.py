@@ -156,7 +156,7 @@ class Gate:
     def _check(self, key: Key, use: _Use) -> None:
         limits, now = key.limits, self._clock()
         if limits.budget is not None and self._spent(key.id) + use.open_amount >= limits.budget:
-            raise RequestError(402, f"Insufficient Balance: the budget of key {key.id} is used up")
+            raise used_up(key)
         if limits.concurrency is not None and use.running >= limits.concurrency:
             raise _too_many(f"key {key.id} has {use.running} requests running, as many as it may", 1.0)
         if limits.tokens_per_minute is not None and use.tokens(now) >= limits.tokens_per_minute:
@@ -196,6 +196,12 @@ class Admission:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._gate._leave(self._key, self._amount, self._tokens)
+
+
+def used_up(key: Key) -> RequestError:
+    """Its budget is: said at the door, and in a stream that it ends."""
+    message = f"Insufficient Balance: the budget of key {key.id} is used up"
+    return RequestError(402, message, type="insufficient_quota", code="insufficient_quota")
 
 
 def _too_many(what: str, wait: float) -> RequestError:

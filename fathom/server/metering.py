@@ -29,7 +29,10 @@ from fathom.errors import ConfigError
 from fathom.server.database import requests
 
 JOURNAL_BYTES = 64 << 20
-"""The most that waits for a database; each request takes about 350 bytes."""
+"""The most that waits for a database."""
+
+_ROW_BYTES = 350
+"""What a row takes in the journal; where that cannot be written, rows that wait in memory count as much."""
 
 _BATCH = 500
 _LONGEST_WAIT = 10.0  # seconds between two tries to reach the database
@@ -94,6 +97,7 @@ class Meter:
         self._waiting: dict[str, Row] = {row.id: row for row in _read_journal(self._journal)}
         self.totals = self._booked()
         self._away: str | None = None
+        self._unwritten: str | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="fathom-meter", daemon=True)
         self._thread.start()
@@ -101,10 +105,7 @@ class Meter:
     def book(self, row: Row) -> None:
         """Keep the row for good; when this returns, a killed process cannot lose it."""
         with self._lock:
-            try:
-                os.write(self._journal, _line(row))
-            except OSError as error:  # a full disk: the row waits in memory, which is the best that is left
-                self._away = f"the journal cannot be written: {error.strerror}"
+            self._unwritten = self._written(_line(row))
             self._waiting[row.id] = row
             self.totals.setdefault(row.key, Totals()).add(row.hit, row.miss, row.output, row.amount)
         self._wake.set()
@@ -115,8 +116,8 @@ class Meter:
 
     @property
     def full(self) -> bool:
-        """Whether the journal has reached its bound: nothing more should be served before the database is back."""
-        return os.fstat(self._journal).st_size >= self._limit
+        """Whether what waits has reached its bound: nothing more should be served before the database is back."""
+        return max(os.fstat(self._journal).st_size, len(self._waiting) * _ROW_BYTES) >= self._limit
 
     @property
     def waiting(self) -> int:
@@ -125,8 +126,8 @@ class Meter:
 
     @property
     def trouble(self) -> str | None:
-        """Why the database does not take rows, if it does not."""
-        return self._away
+        """Why the database does not take rows, or the journal, if they do not."""
+        return self._away or self._unwritten
 
     def close(self, patience: float = 5.0) -> None:
         """Move on what waits, for at most `patience` seconds; the rest stays in the journal."""
@@ -135,6 +136,14 @@ class Meter:
         self._thread.join(patience)
         if not self._thread.is_alive():
             os.close(self._journal)
+
+    def _written(self, line: bytes) -> str | None:
+        """Write to the journal; what went wrong. On a full disk the row waits in memory, the best that is left."""
+        try:
+            short = os.write(self._journal, line) < len(line)
+        except OSError as error:
+            return f"the journal cannot be written: {error.strerror}"
+        return "the journal cannot be written: the disk is full" if short else None
 
     def _run(self) -> None:
         pause = 0.1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fathom.api import Status
 
@@ -106,7 +106,7 @@ class _EngineState:
     def __init__(self, status: Callable[[], Status]) -> None:
         self._status = status
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         status = self._status()
         yield GaugeMetricFamily("fathom_running_requests", "Requests being computed.", value=status.running)
         yield GaugeMetricFamily("fathom_waiting_requests", "Requests in the queue.", value=status.waiting)
@@ -116,3 +116,7 @@ class _EngineState:
             for tier, sizes in status.tiers.items():
                 family.add_metric([tier], sizes[n])
             yield family
+        restored = CounterMetricFamily("fathom_restored_tokens", "Prompt tokens given back by a tier.", labels=["tier"])
+        for tier, tokens in status.restored.items():
+            restored.add_metric([tier], tokens)
+        yield restored

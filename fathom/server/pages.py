@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ from fastapi.responses import JSONResponse
 
 from fathom.api import Engine
 from fathom.encoding.exchange import Desk
+from fathom.errors import ConfigError, RequestError
 from fathom.server.books import Books
 from fathom.server.metrics import CONTENT_TYPE
+from fathom.server.refusal import refusal
 
 WEB = Path(__file__).parent / "web"
 
@@ -39,7 +40,10 @@ def router(engine: Engine, desk: Desk, books: Books) -> APIRouter:
 
     @routes.get("/status")
     async def status(request: Request) -> Response:
-        key = books.identify(request.headers)
+        try:
+            key = books.identify(request.headers)
+        except RequestError as error:
+            return refusal("chat", error)
         return JSONResponse(_state(engine, desk, books) | {"ledger": books.ledger(key)})
 
     return routes
@@ -56,20 +60,29 @@ def _file(path: Path) -> Any:
 
 def _state(engine: Engine, desk: Desk, books: Books) -> dict[str, Any]:
     """What the page shows; prices are those of this moment, in USD per million tokens."""
-    status, metrics, now = engine.status(), books.metrics, datetime.now(UTC)
-    price = books.price(now)
-    factor = price.peak.factor if price.peak and price.peak.at(now) else 1
-    rates = {"hit": price.miss if price.hit is None else price.hit, "miss": price.miss, "output": price.output}
-    trouble = books.meter.trouble if books.meter else None
+    status, metrics, trouble = engine.status(), books.metrics, books.meter.trouble if books.meter else None
     return {
         "model": desk.served[-1],
         "context": desk.context,
-        "price": {name: float(rate * factor) for name, rate in rates.items()} | {"as": books.bill_as},
+        "price": _rates(books),
         "running": status.running,
         "waiting": status.waiting,
         "requests": metrics.requests,
         "hit_rate": metrics.hit_rate,
         "tokens_per_second": metrics.tokens_per_second,
         "tiers": dict(status.tiers),
+        "restored": dict(status.restored),
         "notes": [*status.notes, *([f"ledger: {trouble}"] if trouble else [])],
     }
+
+
+def _rates(books: Books) -> dict[str, Any] | None:
+    """USD per million tokens now; None where the clock shows a time without a price."""
+    now = books.clock()
+    try:
+        price = books.price(now)
+    except ConfigError:
+        return None
+    factor = price.peak.factor if price.peak and price.peak.at(now) else 1
+    rates = {"hit": price.miss if price.hit is None else price.hit, "miss": price.miss, "output": price.output}
+    return {name: float(rate * factor) for name, rate in rates.items()} | {"as": books.bill_as}

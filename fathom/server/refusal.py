@@ -18,8 +18,7 @@ def refusal(protocol: str, error: FathomError) -> Response:
 
 def error_body(protocol: str, error: RequestError) -> bytes:
     """The JSON of an error; Messages marks it as its own clients know it."""
-    inner = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return json.dumps({"error": inner} | ({"type": "error"} if protocol == "messages" else {})).encode()
+    return json.dumps({"error": error.body()} | ({"type": "error"} if protocol == "messages" else {})).encode()
 
 
 def as_request_error(error: Exception) -> RequestError:

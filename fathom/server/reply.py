@@ -51,7 +51,7 @@ class Reply:
                     spoken = time.monotonic()
                     yield b"".join(map(frame_bytes, frames)) or KEEP_ALIVE
         except Exception as error:
-            yield b"".join(map(frame_bytes, self.writer.error(self._failed(error).message)))
+            yield b"".join(map(frame_bytes, self.writer.error(self._failed(error))))
         finally:
             self.leave()
 
@@ -107,12 +107,14 @@ class Reply:
                 return
 
     async def _all_written(self, events: list[Event]) -> list[Frame]:
-        """The frames of a batch. Its end is booked before the client hears of it."""
+        """The frames of a batch. Its end is booked before the client hears of it; what a budget paid for is shown."""
         frames = [frame for event in events for frame in await self._written(event)]
-        if said := sum(event.token is not None for event in events):
-            self.account.progress(self.writer.usage, said)
+        said = sum(event.token is not None for event in events)
+        broke = self.account.progress(self.writer.usage, said) if said else None
         if end := next((event.finish for event in events if event.finish), None):
             self.account.close(self.writer.usage, "stop" if self.writer.stopped else str(end))
+        elif broke:
+            self.stop(broke)
         return frames
 
     async def _written(self, event: Event) -> list[Frame]:

@@ -42,7 +42,8 @@ export class Load {
     this.points = this.points.slice(-KEPT);
     this.figures(status);
     this.chart();
-    $("tiers").replaceChildren(...Object.entries(status.tiers).map(([name, [used, most]]) => this.tier(name, used, most)));
+    const tiers = Object.entries(status.tiers).map(([name, [used, most]]) => this.tier(name, used, most, status.restored[name] || 0));
+    $("tiers").replaceChildren(...tiers);
     $("ledger").tBodies[0].replaceChildren(...status.ledger.map((row) => this.row(row)));
   }
 
@@ -69,9 +70,9 @@ export class Load {
     $("history").replaceChildren(line(([a, b]) => a + b, "var(--quiet)"), line(([a]) => a, "var(--accent)"));
   }
 
-  tier(name, used, most) {
+  tier(name, used, most, restored) {
     const box = made("div", "", { class: "tier" });
-    box.append(made("span", name), made("meter", "", { min: 0, max: most || 1, value: used, "aria-label": `${name} tier` }), made("span", `${bytes(used)} of ${bytes(most)}`));
+    box.append(made("span", name), made("meter", "", { min: 0, max: most || 1, value: used, "aria-label": `${name} tier` }), made("span", `${bytes(used)} of ${bytes(most)}`), made("span", `${count(restored)} tokens given back`));
     return box;
   }
 
