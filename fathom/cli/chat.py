@@ -29,6 +29,7 @@ def chat(
     effort: str,
     system: str | None,
     sampling: Sampling,
+    device: str,
     threads: int | None,
     dialect: str | None,
     max_context: int | None,
@@ -36,7 +37,7 @@ def chat(
     """Talk until the input ends. Raises FathomError; on a terminal only for what makes talking impossible."""
     check_effort(effort)
     sampling.check()
-    opened = open_chat(model, threads=threads, dialect=dialect, max_context=max_context)
+    opened = open_chat(model, device=device, threads=threads, dialect=dialect, max_context=max_context)
     talk = Talk(opened, effort, sampling, system)
     if sys.stdin.isatty():
         talk.screen.status(f"{model} · effort {effort} · /help lists the commands")

@@ -25,6 +25,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Which held-out problems are drawn.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Bound of an answer, thinking included.")] = 192,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads for torch.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report as JSON and Markdown.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, not as a table.")] = False,
@@ -45,14 +46,14 @@ def evaluate(
         temperature=temperature,
         max_tokens=max_tokens,
     )
-    chat, end = _open(model, threads)
+    chat, end = _open(model, device, threads)
     report = run(chat, plan, lambda completion: _thinking(completion, end), _progress)
     if out:
         write(report, out)
     print(json.dumps(report.to_dict(), indent=2) if as_json else report.to_markdown())
 
 
-def _open(model: str, threads: int | None) -> tuple[ChatModel, int]:
+def _open(model: str, device: str, threads: int | None) -> tuple[ChatModel, int]:
     """The model behind its prompt format, and the id of the token that ends thinking."""
     from fathom.encoding.chat import Chat
     from fathom.encoding.codec import Codec
@@ -61,7 +62,7 @@ def _open(model: str, threads: int | None) -> tuple[ChatModel, int]:
 
     folder = model_folder(model)
     codec = Codec.load(folder)
-    return Chat(LLM.load(folder, threads=threads), codec), codec.tokenizer.added[END_OF_THINKING]
+    return Chat(LLM.load(folder, device=device, threads=threads), codec), codec.tokenizer.added[END_OF_THINKING]
 
 
 def _thinking(completion: Completion, end: int) -> int:

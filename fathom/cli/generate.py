@@ -24,6 +24,7 @@ def generate(
     effort: str,
     sampling: Sampling,
     as_json: bool,
+    device: str,
     threads: int | None,
     dialect: str | None,
     max_context: int | None,
@@ -33,7 +34,7 @@ def generate(
     sampling.check()
     raw = None if ids is None else _parsed(ids)
     text = _prompt(prompt) if raw is None else ""
-    chat = open_chat(model, threads=threads, dialect=dialect, max_context=max_context)
+    chat = open_chat(model, device=device, threads=threads, dialect=dialect, max_context=max_context)
     params, clock = sampling.params(chat), Clock()
     request = ChatRequest(messages=[{"role": "user", "content": text}], effort=effort, params=params)
     pieces = _continued(chat, raw, params) if raw else chat.stream(request)

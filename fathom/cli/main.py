@@ -33,6 +33,7 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy; at most 2.
 TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability.")]
 Seed = Annotated[int | None, typer.Option(help="Repeatable sampling.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 DialectName = Annotated[str | None, typer.Option("--dialect", help="Prompt dialect: april or 0813.")]
 MaxContext = Annotated[int | None, typer.Option(min=1, help="The most tokens of prompt and answer.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -47,6 +48,7 @@ def chat(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
+    device: Device = "cpu",
     threads: Threads = None,
     dialect: DialectName = None,
     max_context: MaxContext = None,
@@ -55,7 +57,8 @@ def chat(
     from fathom.cli.chat import chat as run
     from fathom.cli.session import Sampling
 
-    run(model, effort, system, Sampling(temperature, top_p, max_tokens, seed), threads, dialect, max_context)
+    sampling = Sampling(temperature, top_p, max_tokens, seed)
+    run(model, effort, system, sampling, device, threads, dialect, max_context)
 
 
 @app.command()
@@ -69,6 +72,7 @@ def generate(
     top_p: TopP = None,
     seed: Seed = None,
     as_json: Json = False,
+    device: Device = "cpu",
     threads: Threads = None,
     dialect: DialectName = None,
     max_context: MaxContext = None,
@@ -78,7 +82,7 @@ def generate(
     from fathom.cli.session import Sampling
 
     sampling = Sampling(temperature, top_p, max_tokens, seed)
-    run(model, prompt, ids, effort, sampling, as_json, threads, dialect, max_context)
+    run(model, prompt, ids, effort, sampling, as_json, device, threads, dialect, max_context)
 
 
 @app.command()

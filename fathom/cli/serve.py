@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fathom.config import ModelConfig
     from fathom.encoding.codec import Codec
     from fathom.encoding.exchange import Desk
+    from fathom.engine.engine import Memory
     from fathom.engine.llm import LLM
     from fathom.server.books import Books
 
@@ -38,6 +39,7 @@ def serve(
     kv_host_gb: Annotated[float, typer.Option(help="Memory for prefixes that left the cache, in GB.")] = 0.5,
     kv_disk_dir: Annotated[Path | None, typer.Option(help="A folder for prefixes that survive a restart.")] = None,
     kv_disk_gb: Annotated[float, typer.Option(help="The most that this folder holds, in GB.")] = 4.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
     dialect: Annotated[str | None, typer.Option(help="Prompt dialect: april or 0813.")] = None,
     strict_deepseek_compat: Annotated[bool, typer.Option(help="Refuse what the hosted service refuses.")] = False,
@@ -53,6 +55,7 @@ def serve(
     cors: Annotated[list[str] | None, typer.Option(help="An origin that browsers may ask from; repeatable.")] = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at once, waiting ones included.")] = 1024,
     max_body_mb: Annotated[float, typer.Option(help="The largest body of a request.")] = 64.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that answers may go on after Ctrl-C or SIGTERM.")] = 20.0,
     log: Annotated[bool, typer.Option(help="A line of JSON on stderr for every request; never what was said.")] = False,
     config: Annotated[
         Path | None, typer.Option(callback=read_config, is_eager=True, help="A TOML file with any of these flags.")
@@ -82,7 +85,7 @@ def serve(
         folder=folder / "kv" if folder else None,
         slots=max_seqs,
     )
-    llm, codec = _load(model, dialect, threads, max_context, memory)
+    llm, codec = _load(model, dialect, device, threads, max_context, memory)
     names = served_names(llm.model.config, model)
     replay = ReplayStore(folder / "replay" if folder else None)
     desk = Desk(codec, names, llm.context, strict=strict_deepseek_compat, users=isolate_messages_users, replay=replay)
@@ -91,11 +94,11 @@ def serve(
     books.price(datetime.now(UTC))
     if log:
         _log_requests()
-    _run(listening, create_app(llm, desk, settings=settings, books=books), llm, books, desk)
+    _run(listening, create_app(llm, desk, settings=settings, books=books), llm, books, desk, grace)
 
 
 def _load(
-    model: str, dialect: str | None, threads: int | None, max_context: int | None, memory: object
+    model: str, dialect: str | None, device: str, threads: int | None, max_context: int | None, memory: Memory
 ) -> tuple[LLM, Codec]:
     from fathom.cli.screen import Loading
     from fathom.config import ModelConfig
@@ -106,16 +109,17 @@ def _load(
     ModelConfig.load(folder)
     codec = Codec.load(folder, dialect)
     context = max_context or codec.settings.context
-    llm = LLM.load(folder, threads=threads, max_context=context, memory=memory, progress=Loading(after=1.0))  # type: ignore[arg-type]
+    loading = Loading(after=1.0)
+    llm = LLM.load(folder, device=device, threads=threads, max_context=context, memory=memory, progress=loading)
     return llm, codec
 
 
-def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk) -> None:
-    from fathom.server.listen import Listener
+def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk, grace: float) -> None:
+    from fathom.server.listen import Listener, Patience
 
     print(_welcome(listening, desk.served, bool(len(books.keyring or ()))), file=sys.stderr, flush=True)
     try:
-        Listener(app).run(sockets=[listening])
+        Listener(app, Patience(end=grace)).run(sockets=[listening])
     finally:
         llm.close()
         desk.replay.close()

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def open_chat(
-    model: str = "small", *, threads: int | None = None, dialect: str | None = None, max_context: int | None = None
+    model: str = "small",
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    dialect: str | None = None,
+    max_context: int | None = None,
 ) -> Chat:
     """A chat model over the checkpoint in folder `model` (or `small`). Raises ConfigError, CheckpointError."""
     from fathom.config import ModelConfig
@@ -28,7 +33,8 @@ def open_chat(
     ModelConfig.load(folder)
     codec = Codec.load(folder, dialect)
     context = max_context or codec.settings.context
-    return Chat(LLM.load(folder, threads=threads, max_context=context, progress=Loading(after=1.0)), codec)
+    llm = LLM.load(folder, device=device, threads=threads, max_context=context, progress=Loading(after=1.0))
+    return Chat(llm, codec)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ def test_weights_keep_the_size_of_what_passes() -> None:
     for module in model.modules():
         if isinstance(module, Linear) and module.scale is not None:
             weight = dequantize(module.weight, module.scale)
-            assert 0.25 < float(weight.std()) * module.weight.shape[-1] ** 0.5 < 4  # one block may have the lowest scale
+            # A single block may have the lowest scale.
+            assert 0.25 < float(weight.std()) * module.weight.shape[-1] ** 0.5 < 4
         if isinstance(module, Experts):
             weight = dequantize(module.w13, module.w13_scale)
             assert 0.5 < float(weight.std()) * weight.shape[-1] ** 0.5 < 3

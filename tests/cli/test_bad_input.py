@@ -41,6 +41,8 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str)
         (["--model", "no-such-folder"], ["no-such-folder"]),
         (["--model", "flash"], ["flash", "without weights"]),
         (["--threads", "0"], ["--threads"]),
+        (["--device", "tpu"], ["tpu", "cpu, cuda"]),
+        (["--device", "cuda:99"], ["cuda:99", "not there"]),
         (["--colour", "red"], ["--colour"]),
         (["--ids", "1,x"], ["1,x", "0,17,4"]),
     ],

@@ -8,9 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import httpx
 import pytest
@@ -38,6 +41,13 @@ def serving(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], 
     finally:
         process.kill()
         process.wait()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.02)
 
 
 def url(folder: Path) -> str:
@@ -69,6 +79,82 @@ def test_with_keys_nobody_else_is_served(tmp_path: Path) -> None:
             assert httpx.post(f"{local}/v1/chat/completions", json=body, headers=headers, timeout=60).status_code == 200
         shown = httpx.get(f"{local}/status", headers={"authorization": f"Bearer {secret}"}).json()["ledger"]
         assert [row["key"] for row in shown] == [f"ann ({key.id})"] and shown[0]["requests"] == 2
+
+
+NUMBERS = {
+    "type": "object",
+    "properties": {"n": {"type": "array", "items": {"type": "integer"}, "minItems": 3000}},
+    "required": ["n"],
+}
+"""What takes longer to write than any test waits."""
+
+LONG: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": "Count."}],
+        "thinking": {"type": "disabled"},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": NUMBERS}},
+        "max_tokens": 20_000,
+    },
+    "/v1/messages": {
+        "messages": [{"role": "user", "content": "Count."}],
+        "thinking": {"type": "disabled"},
+        "tools": [{"name": "count", "input_schema": NUMBERS}],
+        "tool_choice": {"type": "any"},
+        "max_tokens": 20_000,
+    },
+    "/v1/responses": {
+        "input": "Count.",
+        "reasoning": {"effort": "none"},
+        "text": {"format": {"type": "json_schema", "name": "n", "schema": NUMBERS}},
+        "max_output_tokens": 20_000,
+    },
+}
+
+
+def streamed(address: str, path: str, said: list[str]) -> None:
+    """The raw text of an answer, as far as it comes."""
+    with httpx.stream(
+        "POST", address + path, json={"model": "small", "stream": True, **LONG[path]}, timeout=60
+    ) as answer:
+        said.append("")
+        for text in answer.iter_text():
+            said[-1] += text
+
+
+def repeated(address: str) -> int:
+    """How much of a long prompt was in the cache."""
+    body = {"model": "small", "messages": [{"role": "user", "content": "7," * 400}], "max_tokens": 1}
+    usage = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60).json()["usage"]
+    return int(usage["prompt_cache_hit_tokens"])
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_the_end_in_the_middle_of_streams(tmp_path: Path, signals: int) -> None:
+    """Every stream ends with the reason and is booked, the cache is kept; a second signal does not wait for them."""
+    flags = ("--kv-disk-dir", str(tmp_path / "kv"), "--grace", "1" if signals == 1 else "60")
+    said: dict[str, list[str]] = {path: [] for path in LONG}
+    with serving(tmp_path, *flags) as (process, address):
+        assert repeated(address) == 0
+        threads = [Thread(target=streamed, args=(address, path, parts)) for path, parts in said.items()]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: all(parts and parts[0].count("data:") > 10 for parts in said.values()))
+        begun = time.monotonic()
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{address}/health")
+        assert process.wait(40) == 0 and time.monotonic() - begun < 15
+        for thread in threads:
+            thread.join(10)
+    rows = {row.protocol: row for row in read_rows(open_database(url(tmp_path))) if row.output > 1}
+    assert set(rows) == {"chat", "messages", "responses"}
+    if signals == 1:
+        assert {row.finish for row in rows.values()} == {"shutting_down"}
+        assert all("the server is shutting down" in parts[0].rstrip().splitlines()[-1] for parts in said.values())
+        with serving(tmp_path, *flags) as (_, address):
+            assert repeated(address) >= 256
 
 
 def test_a_busy_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
