@@ -106,7 +106,9 @@ def _tokens(logits_SV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     rows = [n for n, sampler in enumerate(samplers) if sampler.params.temperature]
     if rows:
         heat = torch.tensor([[samplers[n].params.temperature] for n in rows], dtype=torch.float64)
-        shares = torch.softmax(logits_SV[rows].double() / heat, -1).numpy()
+        wide = logits_SV[rows].double()
+        # Below the maximum, however small the temperature: an infinite logit would leave no share that is a number.
+        shares = torch.softmax((wide - wide.amax(-1, keepdim=True)) / heat, -1).numpy()
         for n, shares_V in zip(rows, shares, strict=True):
             tokens[n] = samplers[n].draw(shares_V)
     return tokens

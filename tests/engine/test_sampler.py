@@ -105,6 +105,13 @@ def test_greedy_and_the_smallest_cuts_take_the_likeliest() -> None:
         assert choose(logits, [Sampler(params), Sampler(params)]) == [(1, None), (0, None)]
 
 
+def test_a_temperature_next_to_nothing_is_greedy_and_harms_nobody() -> None:
+    """A request may ask for 5e-324; divided by it a logit is infinite, and everybody in the step would have failed."""
+    logits_SV = torch.tensor([[1.0, 30.0, -float("inf"), 29.0]] * 2)
+    cold = Sampler(SamplingParams(temperature=5e-324, top_p=0.9, seed=1))
+    assert [c if isinstance(c, Exception) else c[0] for c in choose(logits_SV, [cold, cold])] == [1, 1]
+
+
 @pytest.mark.parametrize("size", [50, 1283])
 def test_a_row_is_the_same_alone_and_in_any_company(size: int) -> None:
     """Tokens, log probabilities and random streams, among rows with other parameters."""
