@@ -21,7 +21,7 @@ from fathom.errors import ConfigError
 if TYPE_CHECKING:
     from fathom.config import ModelConfig
     from fathom.encoding.codec import Codec
-    from fathom.encoding.exchange import Desk
+    from fathom.encoding.desk import Desk
     from fathom.engine.engine import Memory
     from fathom.engine.llm import LLM
     from fathom.server.books import Books
@@ -62,12 +62,13 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model to SDKs and agents: OpenAI's two dialects, Anthropic's, completions; a chat page at /."""
-    from fathom.encoding.exchange import Desk
+    from fathom.encoding.desk import Desk
     from fathom.encoding.replay import ReplayStore
     from fathom.engine.engine import Memory
-    from fathom.server.app import ServerSettings, create_app
+    from fathom.server.app import create_app
     from fathom.server.listen import bound, loopback
     from fathom.server.metrics import Metrics
+    from fathom.server.settings import ServerSettings
 
     settings = ServerSettings(max_requests=max_requests, max_body=int(max_body_mb * 1e6), cors=tuple(cors or ()))
     books = _open_books(database or default_database(), price_list or [])

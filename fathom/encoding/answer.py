@@ -38,7 +38,7 @@ class Form:
     """How an answer is to be written.
 
     generator, options: the library's, for this request; thinking, in_block: where the prompt ends; tools: whether calls
-    may be made; include_usage: the extra chunk of chat streams that has only the usage.
+    may be made.
     """
 
     protocol: str
@@ -50,8 +50,6 @@ class Form:
     in_block: bool = False
     tools: bool = True
     logprobs: bool = False
-    include_usage: bool = False
-    stream: bool = False
 
 
 class AnswerWriter:
@@ -114,8 +112,6 @@ class AnswerWriter:
             end = ends.Length if reason is FinishReason.LENGTH else ends.Stop
             frames += self._frames(self._stream.push(recipe.InferenceChunk.finish(end)))
         frames += self._frames(self._stream.finish())
-        if self.form.include_usage and self.form.protocol == "chat":
-            self._mark_usage(frames)
         done = self._kind.sse_done_data()
         return frames + ([Frame(done)] if done else [])
 
@@ -215,9 +211,6 @@ class AnswerWriter:
         for name in ("completion_tokens_details", "output_tokens_details"):
             if usage.get(name) and "reasoning_tokens" in usage[name]:
                 usage[name]["reasoning_tokens"] = counts["reasoning"]
-
-    def _mark_usage(self, frames: list[Frame]) -> None:
-        """Nothing to add: the closing chunk carries the usage, which is what `include_usage` asks for today."""
 
     def _failed(self, error: RequestError) -> Frame:
         whole = json.loads(self._whole.to_json())

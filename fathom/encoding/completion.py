@@ -9,9 +9,10 @@ from typing import Any
 from fathom.api import Event, FinishReason, GenerateRequest, Logprob, SamplingParams
 from fathom.encoding import wishes
 from fathom.encoding.answer import Frame
-from fathom.encoding.exchange import Desk, Exchange
+from fathom.encoding.body import refuse_unsupported
+from fathom.encoding.desk import Desk
+from fathom.encoding.exchange import Exchange
 from fathom.encoding.guide import AnswerGuide
-from fathom.encoding.normalise import refuse_unsupported
 from fathom.encoding.tokenizer import TextStream
 from fathom.errors import ContextError, RequestError, SamplingError
 

@@ -18,8 +18,6 @@ from fathom.errors import RequestError
 
 Schema = Mapping[str, Any]
 
-ANY_OBJECT: Schema = {"type": "object"}
-
 _COMPACT: Schema = {"x-guidance": {"whitespace_flexible": False}}
 """JSON without optional white space, of which a model that is lost could write for ever."""
 

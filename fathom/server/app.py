@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -17,7 +17,9 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fathom.api import Engine
-from fathom.encoding.exchange import Desk, Exchange
+from fathom.encoding.desk import Desk
+from fathom.encoding.exchange import Exchange
+from fathom.encoding.intake import count_tokens, open_exchange
 from fathom.errors import FathomError, RequestError
 from fathom.server.books import Books
 from fathom.server.metrics import Metrics
@@ -26,6 +28,9 @@ from fathom.server.pages import router
 from fathom.server.prices import PriceBook
 from fathom.server.refusal import busy, fault, not_served, refusal, too_large
 from fathom.server.reply import Reply
+from fathom.server.settings import ServerSettings
+
+T = TypeVar("T")
 
 PREFIXES = ("", "/v1", "/beta", "/anthropic", "/anthropic/v1")
 
@@ -43,23 +48,6 @@ _GONE = 499
 """The status of an answer that nobody waits for any more; it is only logged."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerSettings:
-    """How the server behaves; times in seconds, sizes in bytes.
-
-    keep_alive: between signs of life while nothing is to be said; start_timeout: from a request to its first token;
-    max_requests: at once, the queue included; max_body: of a request; body_timeout: to receive it; cors: origins that
-    a browser may ask from.
-    """
-
-    keep_alive: float = 10.0
-    start_timeout: float = 600.0
-    max_requests: int = 1024
-    max_body: int = 64 << 20
-    body_timeout: float = 60.0
-    cors: tuple[str, ...] = ()
-
-
 def create_app(
     engine: Engine, desk: Desk, *, settings: ServerSettings | None = None, books: Books | None = None
 ) -> FastAPI:
@@ -75,7 +63,7 @@ def create_app(
     for prefix in PREFIXES:
         shown = prefix == "/v1"
         for path, protocol in PROTOCOLS.items():
-            route = server.answering(protocol, beta=prefix == "/beta")
+            route = server.answering(protocol)
             extra = {"requestBody": described[protocol]}
             app.add_api_route(prefix + path, route, methods=["POST"], include_in_schema=shown, openapi_extra=extra)
         app.add_api_route(
@@ -110,11 +98,11 @@ class Server:
         for reply in list(self._replies):
             reply.stop(RequestError(503, reason, type="server_error", code="shutting_down", retry_after=5))
 
-    def answering(self, protocol: str, beta: bool) -> Callable[[Request], Awaitable[Response]]:
+    def answering(self, protocol: str) -> Callable[[Request], Awaitable[Response]]:
         """The endpoint that generates, in one protocol."""
 
         async def generate(request: Request) -> Response:
-            return await self.generate(request, protocol, beta)
+            return await self.generate(request, protocol)
 
         return self.guarded(protocol, generate)
 
@@ -133,12 +121,12 @@ class Server:
 
         return endpoint
 
-    async def generate(self, request: Request, protocol: str, beta: bool) -> Response:
+    async def generate(self, request: Request, protocol: str) -> Response:
         """Open the exchange, begin the request, answer as a stream or as one body."""
         key = self.books.identify(request.headers)
         self._admit(protocol)
         body = await self._body(request)
-        exchange = await self._opened(protocol, body, beta, key.id if key else "")
+        exchange = await self._opened(protocol, body, key.id if key else "")
         self._admit(protocol)
         identity = _identity(protocol)
         account = self.books.open(key, identity, protocol, exchange.model)
@@ -160,8 +148,9 @@ class Server:
     async def count_tokens(self, request: Request) -> Response:
         """How many tokens a Messages prompt has."""
         key = self.books.identify(request.headers)
-        exchange = await self._opened("messages", await self._body(request), False, key.id if key else "")
-        return JSONResponse({"input_tokens": len(exchange.prompt_ids)})
+        body = await self._body(request)
+        count = await _worked(len(body), count_tokens, body, self.desk, key=key.id if key else "")
+        return JSONResponse({"input_tokens": count})
 
     async def models(self) -> Response:
         """The names that are served, in a form that both SDKs read."""
@@ -209,10 +198,8 @@ class Server:
             return _Parts(reply.patient(task), "application/json", task.cancel)
         return Response(task.result(), media_type="application/json")
 
-    async def _opened(self, protocol: str, body: bytes, beta: bool, key: str) -> Exchange:
-        if len(body) < _LARGE:
-            return Exchange.open(protocol, body, self.desk, beta=beta, key=key)
-        return await asyncio.to_thread(Exchange.open, protocol, body, self.desk, beta=beta, key=key)
+    async def _opened(self, protocol: str, body: bytes, key: str) -> Exchange:
+        return await _worked(len(body), open_exchange, protocol, body, self.desk, key=key)
 
     async def _body(self, request: Request) -> bytes:
         most, parts, size = self.settings.max_body, [], 0
@@ -242,6 +229,13 @@ class _Parts(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._left()
+
+
+async def _worked(size: int, work: Callable[..., T], *arguments: object, **options: object) -> T:
+    """The result of `work` on a body of `size` bytes."""
+    if size < _LARGE:
+        return work(*arguments, **options)
+    return await asyncio.to_thread(work, *arguments, **options)
 
 
 async def _stays(request: Request, task: asyncio.Task[bytes], seconds: float) -> bool:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from fathom.api import Engine
-from fathom.encoding.exchange import Desk
+from fathom.encoding.desk import Desk
 from fathom.errors import ConfigError, RequestError
 from fathom.server.books import Books
 from fathom.server.metrics import CONTENT_TYPE

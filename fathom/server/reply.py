@@ -6,17 +6,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
 
 from fathom.api import Engine, Event, FinishReason, Ticket, Usage
 from fathom.encoding.exchange import Exchange
 from fathom.errors import RequestError
 from fathom.server.books import Account
 from fathom.server.refusal import as_request_error, error_body
+from fathom.server.settings import ServerSettings
 from fathom.server.sse import KEEP_ALIVE, Feed, Frame, frame_bytes
-
-if TYPE_CHECKING:
-    from fathom.server.app import ServerSettings
 
 _log = logging.getLogger("fathom.server")
 

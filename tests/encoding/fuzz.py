@@ -17,7 +17,8 @@ from typing import Any
 from fathom.api import Event, FinishReason, Usage
 from fathom.config import WEIGHTS
 from fathom.encoding.codec import Codec
-from fathom.encoding.exchange import Desk, Exchange
+from fathom.encoding.desk import Desk
+from fathom.encoding.intake import open_exchange
 
 D = "｜DSML｜"
 CONTROLS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", D)
@@ -150,7 +151,7 @@ class Fuzz:
 
     def answer(self, protocol: str, asked: bytes, ids: list[int], finish: FinishReason) -> tuple[list[Any], Any]:
         """The frames and the body of the same answer."""
-        streamed, whole = (Exchange.open(protocol, asked, self.desk).writer("id_1") for _ in range(2))
+        streamed, whole = (open_exchange(protocol, asked, self.desk).writer("id_1") for _ in range(2))
         frames: list[Any] = []
         for writer, keep in ((streamed, frames.extend), (whole, lambda _: None)):
             keep(writer.start(10, 0))

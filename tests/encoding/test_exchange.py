@@ -13,8 +13,10 @@ import pytest
 import fathom
 from fathom.api import Event, FinishReason
 from fathom.encoding.codec import Codec
+from fathom.encoding.desk import Desk
 from fathom.encoding.dialect import Dialect, Settings
-from fathom.encoding.exchange import Desk, Exchange
+from fathom.encoding.exchange import Exchange
+from fathom.encoding.intake import count_tokens, open_exchange
 from fathom.errors import ContextError, FathomError, RequestError
 from tests.encoding.vectors import GOLDEN, SCHEMA, WEATHER
 
@@ -46,7 +48,7 @@ def desk(small: Codec) -> Desk:
 
 
 def opened(desk: Desk, protocol: str = "chat", **fields: Any) -> Exchange:
-    return Exchange.open(protocol, json.dumps({"model": "own", **NEEDED[protocol], **fields}).encode(), desk)
+    return open_exchange(protocol, json.dumps({"model": "own", **NEEDED[protocol], **fields}).encode(), desk)
 
 
 def text(exchange: Exchange, desk: Desk) -> str:
@@ -193,7 +195,7 @@ def test_deep_bodies_are_refused(desk: Desk, depth: int) -> None:
     tool = f'{{"type": "function", "function": {{"name": "f", "strict": true, "parameters": {schema}}}}}'
     raw = f'{{"model": "own", "messages": [{{"role": "user", "content": "x"}}], "tools": [{tool}]}}'
     with pytest.raises(RequestError, match=r"nested too deeply|recursion limit"):
-        Exchange.open("chat", raw.encode(), desk)
+        open_exchange("chat", raw.encode(), desk)
 
 
 @pytest.mark.parametrize("protocol", list(NEEDED))
@@ -245,7 +247,7 @@ def test_default_bounds_without_settings(codec: Codec) -> None:
 def test_case_67_namespaces(desk: Desk, small: Codec) -> None:
     def space(protocol: str, key: str = "", at: Desk = desk, **fields: Any) -> str:
         body = json.dumps({"model": "own", **NEEDED[protocol], **fields}).encode()
-        return Exchange.open(protocol, body, at, key=key).generate().namespace
+        return open_exchange(protocol, body, at, key=key).generate().namespace
 
     for protocol in NEEDED:
         assert space(protocol) == space(protocol) != space(protocol, key="k")
@@ -415,7 +417,7 @@ def test_case_78_a_stop_sequence_reaches_the_writer(desk: Desk) -> None:
 def test_case_77_counting_goes_beyond_the_context(small: Codec) -> None:
     said = json.dumps({"model": "own", "messages": [{"role": "user", "content": "word " * 500}]}).encode()
     full, narrow = desk_of(small), desk_of(small, context=100)
-    assert Exchange.count(said, narrow) == len(Exchange.open("messages", said, full).prompt_ids)
+    assert count_tokens(said, narrow) == len(open_exchange("messages", said, full).prompt_ids)
 
 
 def test_an_agents_next_round_opens_quickly(codec: Codec) -> None:
@@ -434,3 +436,22 @@ def test_an_agents_next_round_opens_quickly(codec: Codec) -> None:
         opened(desk, "messages", **fields)
         times.append(time.perf_counter() - begin)
     assert min(times) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("protocol", "fields"),
+    [
+        ("chat", {"messages": [{"role": "system", "content": ""}]}),
+        ("responses", {"input": [{"type": "web_search_call"}]}),
+    ],
+)
+def test_a_conversation_without_any_text_is_answered(desk: Desk, protocol: str, fields: dict[str, Any]) -> None:
+    """What the library drops leaves no message at all; the answer can be written and kept all the same."""
+    exchange = opened(desk, protocol, **fields)
+    writer = exchange.writer("id")
+    writer.start(3, 0)
+    for token in [desk.codec.tokenizer.added["</think>"], *desk.codec.tokenizer.encode("Hi")]:
+        writer.push(Event(token=token))
+    writer.finish(Event(finish=FinishReason.STOP))
+    exchange.remember(writer)
+    assert writer.message()["content"] == "Hi"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fathom.encoding.normalise import NORMALISERS, parse
+from fathom.encoding.body import parse
+from fathom.encoding.normalise import NORMALISERS
 from fathom.encoding.pairing import Mark, Names, pair
 from fathom.errors import RequestError
 

@@ -13,7 +13,9 @@ import pytest
 import fathom
 from fathom.api import Event, FinishReason
 from fathom.encoding.codec import Codec
-from fathom.encoding.exchange import Desk, Exchange
+from fathom.encoding.desk import Desk
+from fathom.encoding.exchange import Exchange
+from fathom.encoding.intake import open_exchange
 from fathom.encoding.replay import ReplayStore, Said, Turn
 
 SAID = Said("Two.", "easy", (("add", '{"a": 1.0, "b": [2]}'),))
@@ -185,7 +187,7 @@ def answered(desk: Desk, exchange: Exchange, text: str) -> tuple[list[int], dict
 
 
 def opened(desk: Desk, protocol: str, **body: Any) -> Exchange:
-    return Exchange.open(protocol, json.dumps({"model": "m", **body}).encode(), desk)
+    return open_exchange(protocol, json.dumps({"model": "m", **body}).encode(), desk)
 
 
 def call(city: str) -> str:
@@ -299,8 +301,8 @@ def test_another_user_or_key_gets_no_ids(desk: Desk) -> None:
     _, body = answered(desk, opened(desk, "chat", messages=messages, tools=[TOOL]), "hm</think>Hello")
     messages += [body["choices"][0]["message"], {"role": "user", "content": "Bye"}]
     raw = json.dumps({"model": "m", "messages": messages, "tools": [TOOL]}).encode()
-    mine = Exchange.open("chat", raw, desk).prompt_ids
-    assert Exchange.open("chat", raw, desk, key="other").prompt_ids != mine
+    mine = open_exchange("chat", raw, desk).prompt_ids
+    assert open_exchange("chat", raw, desk, key="other").prompt_ids != mine
     assert opened(desk, "chat", messages=messages, tools=[TOOL], user_id="other").prompt_ids != mine
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from fathom.config import WEIGHTS
 from fathom.encoding.codec import Codec
-from fathom.encoding.exchange import Desk
+from fathom.encoding.desk import Desk
 from fathom.engine.engine import Memory
 from fathom.engine.llm import LLM
 from fathom.engine.stub import ScriptedEngine
-from fathom.server.app import ServerSettings
+from fathom.server.settings import ServerSettings
 from tests.server.harness import MODEL, Site, serving
 
 Opener = Callable[..., contextlib.AbstractContextManager[Site]]

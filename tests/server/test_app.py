@@ -18,7 +18,8 @@ from fathom.api import GenerateRequest
 from fathom.encoding.answer import AnswerWriter
 from fathom.encoding.codec import Codec
 from fathom.engine.stub import ScriptedEngine
-from fathom.server.app import ServerSettings, create_app
+from fathom.server.app import create_app
+from fathom.server.settings import ServerSettings
 from tests.server.conftest import desk, scripted
 from tests.server.harness import MODEL, OFF, PARIS, Site, block, chunks, eventually, user
 

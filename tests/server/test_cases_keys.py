@@ -12,12 +12,12 @@ import pytest
 
 from fathom.encoding.codec import Codec
 from fathom.engine.stub import ScriptedEngine
-from fathom.server.app import ServerSettings
 from fathom.server.books import Books
 from fathom.server.database import open_database
 from fathom.server.keys import Keyring, Limits
 from fathom.server.metrics import Metrics
 from fathom.server.prices import PriceBook
+from fathom.server.settings import ServerSettings
 from tests.server.conftest import desk
 from tests.server.harness import MODEL, Site, serving, user
 

@@ -17,8 +17,8 @@ import pytest
 from fathom.encoding.codec import Codec
 from fathom.engine.stub import ScriptedEngine
 from fathom.errors import ConfigError
-from fathom.server.app import ServerSettings
 from fathom.server.listen import Patience, bound, loopback
+from fathom.server.settings import ServerSettings
 from tests.server.conftest import desk
 from tests.server.harness import MODEL, OFF, Site, chunks, eventually, joined, serving, user
 

@@ -25,13 +25,13 @@ import sqlalchemy as sa
 from fathom.encoding.codec import Codec
 from fathom.engine.stub import ScriptedEngine
 from fathom.server import metering
-from fathom.server.app import ServerSettings
 from fathom.server.books import Books
 from fathom.server.database import open_database
 from fathom.server.keys import Keyring, Limits
 from fathom.server.metering import Meter, Row, read_rows
 from fathom.server.metrics import Metrics
 from fathom.server.prices import Price, PriceBook
+from fathom.server.settings import ServerSettings
 from tests.server.conftest import Opener, desk
 from tests.server.harness import MODEL, OFF, Site, eventually, serving, user
 from tests.server.test_prices import published
