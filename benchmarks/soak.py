@@ -140,7 +140,7 @@ def beginning(n: int) -> str:
 
 async def run(minutes: float, clients: int, folder: Path) -> dict[str, Any]:
     """All of it; the report."""
-    server = Server(folder, folder / "stderr")
+    where, server = machine(), Server(folder, folder / "stderr")
     ring = Keyring(open_database(server.database))
     limits = [Limits()] * (KEYS - 1) + [Limits(concurrency=NARROW)]
     keys = [ring.create(f"client {n}", limits[n]) for n in range(KEYS)]
@@ -156,7 +156,7 @@ async def run(minutes: float, clients: int, folder: Path) -> dict[str, Any]:
     code = server.stop()
     rows = list(read_rows(open_database(server.database)))
     owners = {id: n for n, (key, _) in enumerate(keys) for id in [key.id]}
-    report = {**machine(), "minutes": minutes, "clients": clients, "seconds": seconds, "exit": code}
+    report = {**where, "minutes": minutes, "clients": clients, "seconds": seconds, "exit": code}
     report |= compared([(n % KEYS, seen) for n, c in enumerate(many) for seen in c.seen], rows, owners)
     report |= memory(server.samples)
     return report | {"stderr": server.errors.read_text().splitlines()[16:][:20]}
