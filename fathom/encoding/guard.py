@@ -3,41 +3,21 @@
 The parser trusts the model; a model may write half a tool call, markup in the middle of a sentence, or a control token
 nobody expects. The guard reads the ids first. To the parser it passes two kinds of things: what the model says, as
 plain ids, in which the parser never sees markup; and the structure of thinking and tool calls, as canonical text.
-
-Read text carries control tokens as lone surrogates, which no decoded text can hold.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from enum import Enum, auto
 from typing import Any
 
 from fathom.api import FinishReason
+from fathom.encoding import markup
 from fathom.encoding.conversation import library
+from fathom.encoding.markup import CLOSE, END, INVOKE, MARK, OPEN, PARAMETER, may_be_tag, whole_tag
 from fathom.encoding.tokenizer import DSML, END_OF_THINKING, Tokenizer
-
-_MARK, _END = "\udc01", "\udc02"
-
-_OPEN = re.compile(f"<{_MARK}tool_calls\\s*>")
-_CLOSE = {name: re.compile(f"</{_MARK}{name}\\s*>") for name in ("tool_calls", "invoke", "parameter")}
-_INVOKE = re.compile(f"<{_MARK}invoke\\s+name=([\"'])(.*?)\\1\\s*>")
-_PARAMETER = re.compile(f"<{_MARK}parameter\\s+name=([\"'])(.*?)\\1(?:\\s+string=([\"'])(true|false)\\3)?\\s*>")
-_TAGS = (_OPEN, _INVOKE, _PARAMETER, *_CLOSE.values())
-
-_TAG_START = re.compile(f"</?{_MARK}|</?\\Z|{_MARK}|{_END}")
-"""Where plain text ends: at markup, at a loose control token, or at what may yet become markup."""
-
-_LOOSE = re.compile(f"[{_MARK}{_END}]")
-
-_LONGEST_TAG = 400
-
-_BLOCK_OPENER, _BLOCK_CLOSER = f"<{DSML}tool_calls>\n", f"</{DSML}tool_calls>"
-_INVOKE_CLOSER, _PARAMETER_CLOSER = f"</{DSML}invoke>\n", f"</{DSML}parameter>\n"
 
 
 class _In(Enum):
@@ -69,7 +49,8 @@ class Guard:
         self._held = ""  # read and not yet judged
         self._newlines = ""  # at the end of the content so far: layout if a block follows
         self._parameter = ("", "")  # key and string attribute of a held value
-        self._value = ""
+        self._value = ""  # of a held parameter, or text between parameters
+        self._filled = False  # the call that is open has a parameter
         self._steps: dict[_In, Callable[[bool], Iterator[Any] | None]] = {
             _In.THINKING: self._prose,
             _In.CONTENT: self._prose,
@@ -88,11 +69,10 @@ class Guard:
     def push(self, token: int) -> list[Any]:
         """The library's chunks that this id makes certain. Control tokens that no answer may hold are dropped."""
         if token in self._added:
-            mark = {self._end_id: _END, self._mark_id: _MARK}.get(token)
+            mark = {self._end_id: END, self._mark_id: MARK}.get(token)
             if mark is None:
                 return []
             text = self._decoder.decode(b"", final=True) + mark
-            self._decoder.reset()
         else:
             text = self._decoder.decode(self._tokenizer.bytes_of(token))
         self._held += text
@@ -100,12 +80,12 @@ class Guard:
 
     def finish(self, reason: FinishReason) -> list[Any]:
         """What was held back, and the end of whatever is open; an answer cut by its length stays open."""
-        if reason is FinishReason.LENGTH and _MARK in self._held and self._may_be_tag():
+        if reason is FinishReason.LENGTH and MARK in self._held and may_be_tag(self._held):
             self._held = self._newlines = ""  # a tag cut in two, and the layout before it
         chunks = list(self._read(final=True))
         if reason is FinishReason.LENGTH:
             return chunks + (list(self._held_value(cut=True)) if self._state is _In.HELD else [])
-        return chunks + list(self._closed(_In.CONTENT)) + (self._marked(_BLOCK_CLOSER) if self._opened else [])
+        return chunks + list(self._closed(_In.CONTENT)) + (self._marked(markup.BLOCK_CLOSER) if self._opened else [])
 
     def _read(self, final: bool) -> Iterator[Any]:
         """Let the states eat what is held until one of them wants more."""
@@ -123,14 +103,15 @@ class Guard:
             return self._say(text)
         if not self._held:
             return None
-        if self._held[0] == _END:
+        if self._held[0] == END:
             self._held = self._held[1:]
             return self._end_thinking()
-        if self._held[0] == _MARK:
+        if self._held[0] == MARK:
             self._held = self._held[1:]  # loose, as in "The ｜DSML｜ is"
             return iter(())
-        if _OPEN.match(self._held) or _INVOKE.match(self._held):
+        if OPEN.match(self._held) or INVOKE.match(self._held):
             self._state = _In.BLOCK if self._tools else _In.DROPPED
+            self._newlines = self._newlines if self._tools else ""  # layout of the block goes with it
             return iter(())
         return None if self._cut_tag(final) else self._skip_tag()
 
@@ -138,16 +119,16 @@ class Guard:
         """Between calls; until one has begun nothing is sure."""
         self._held = self._held.lstrip() if self._opened else self._held
         rest = self._held.lstrip()
-        if found := _INVOKE.match(rest):
-            self._held, self._state = rest[found.end() :], _In.INVOKE
-            return iter([*self._begin_block(), *self._marked(f'<{DSML}invoke name="{_name(found[2])}">\n')])
-        for tag in (_OPEN, _CLOSE["tool_calls"]):
+        if found := INVOKE.match(rest):
+            self._held, self._state, self._filled = rest[found.end() :], _In.INVOKE, False
+            return iter([*self._begin_block(), *self._marked(markup.invoke_opener(found[2]))])
+        for tag in (OPEN, CLOSE["tool_calls"]):
             if found := tag.match(rest):
                 self._held = rest[found.end() :]
-                if tag is not _OPEN and not self._opened:
+                if tag is not OPEN and not self._opened:
                     self._state = self._origin
                 return iter(())
-        if not rest or (not final and self._may_be_tag(rest)):
+        if not rest or (not final and may_be_tag(rest)):
             if final:
                 self._held = ""
             return None
@@ -158,21 +139,21 @@ class Guard:
         return iter(())
 
     def _invoke(self, final: bool) -> Iterator[Any] | None:
-        """Between the parameters of a call."""
-        self._held = self._held.lstrip()
-        if found := _PARAMETER.match(self._held):
+        """Between the parameters of a call; what else stands there waits until one begins or the call ends."""
+        text, self._held = self._split_plain(final)
+        self._value += text
+        if found := PARAMETER.match(self._held):
             self._held = self._held[found.end() :]
-            self._parameter, self._value = (_key(found[2]), found[4] or ""), ""
-            self._state = _In.VALUE if found[4] == "true" else _In.HELD
-            return iter(self._parameter_tag("true") if found[4] == "true" else ())
-        if found := _CLOSE["invoke"].match(self._held):
+            return self._begin_parameter(found[2], found[4] or "")
+        if found := CLOSE["invoke"].match(self._held):
             self._held = self._held[found.end() :]
             return self._closed(_In.BLOCK)
-        if any(tag.match(self._held) for tag in (_INVOKE, _OPEN, _CLOSE["tool_calls"])):
+        if any(tag.match(self._held) for tag in (INVOKE, OPEN, CLOSE["tool_calls"])):
             return self._closed(_In.BLOCK)
         if not self._held or self._cut_tag(final):
             return None
-        return self._bare(final)
+        self._held = self._held[1:] if self._held[0] in (MARK, END) else markup.UNKNOWN.sub("", self._held, count=1)
+        return iter(())
 
     def _string(self, final: bool) -> Iterator[Any] | None:
         """A string's text as it comes, up to the tag that ends it."""
@@ -193,100 +174,89 @@ class Guard:
 
     def _drop(self, final: bool) -> Iterator[Any] | None:
         """A whole block, unseen."""
-        if found := _CLOSE["tool_calls"].search(self._held):
+        if found := CLOSE["tool_calls"].search(self._held):
             self._held, self._state = self._held[found.end() :], self._origin
             return iter(())
-        self._held = "" if final else self._held[-_LONGEST_TAG:]
+        self._held = "" if final else self._held[-markup.LONGEST :]
         return None
-
-    # --- their parts
 
     def _split_plain(self, final: bool) -> tuple[str, str]:
         """What is held, as text that cannot be markup and the rest."""
-        found = _TAG_START.search(self._held)
+        found = markup.BORDER.search(self._held)
         if found and final and found[0] in ("<", "</"):
             found = None
         at = found.start() if found else len(self._held)
         return self._held[:at], self._held[at:]
 
-    def _may_be_tag(self, text: str | None = None) -> bool:
-        """Whether what is held is the beginning of a tag that is not yet whole."""
-        text = self._held if text is None else text
-        if text in ("<", "</"):
-            return True
-        begun = text.startswith((f"<{_MARK}", f"</{_MARK}")) and not any(tag.match(text) for tag in _TAGS)
-        inside = text[2:]
-        broken = _MARK in inside[1:] or _END in inside or "\n" in inside or len(inside) > _LONGEST_TAG
-        return begun and not broken and not (">" in inside and inside.count('"') % 2 == 0)
-
     def _cut_tag(self, final: bool) -> bool:
         """Whether what is held is the beginning of a tag; at the end of an answer it goes, for it was no text."""
-        if not self._may_be_tag():
+        if not may_be_tag(self._held):
             return False
         self._held = "" if final else self._held
         return True
 
     def _skip_tag(self) -> Iterator[Any]:
         """A tag out of place goes; of something that only begins like one, the control token goes."""
-        found = next((m for tag in _TAGS if (m := tag.match(self._held))), None)
-        self._held = self._held[found.end() :] if found else self._held.replace(_MARK, "", 1)
+        found = whole_tag(self._held)
+        self._held = self._held[found.end() :] if found else self._held.replace(MARK, "", 1)
         return iter(())
 
     def _end_of_value(self, final: bool) -> Iterator[Any] | None:
         if not self._held:
             return None
-        if found := _CLOSE["parameter"].match(self._held):
+        if found := CLOSE["parameter"].match(self._held):
             self._held = self._held[found.end() :]
             return self._end_parameter(self._take_newlines())
-        if any(tag.match(self._held) for tag in _TAGS):
+        if whole_tag(self._held):
             # The closing tag is missing; a line end before another tag is layout.
             return self._end_parameter(self._take_newlines().removesuffix("\n"))
         if self._cut_tag(final):
             return None
-        if self._held[0] in (_MARK, _END):
+        if self._held[0] in (MARK, END):
             self._held = self._held[1:]
             return iter(())
         return self._skip_tag()
 
+    def _begin_parameter(self, key: str, string: str) -> Iterator[Any]:
+        yield from self._bare(alone=False)
+        self._parameter, self._state = (key, string), _In.VALUE if string == "true" else _In.HELD
+        if string == "true":
+            yield from self._parameter_tag(string=True)
+
     def _end_parameter(self, tail: str) -> Iterator[Any]:
         held, self._state = self._state is _In.HELD, _In.INVOKE
         yield from self._held_value(cut=False) if held else self._plain(tail)
-        yield from self._marked(_PARAMETER_CLOSER)
+        self._value = ""
+        yield from self._marked(markup.PARAMETER_CLOSER)
 
     def _held_value(self, cut: bool) -> Iterator[Any]:
         """A value that was held: as JSON if it is, or if it was meant to be and was cut; else as a string."""
         said = self._parameter[1]
-        as_json = (said == "false") if cut else _is_json(self._value)
-        yield from self._parameter_tag("false" if as_json else "true")
+        as_json = (said == "false") if cut else markup.is_json(self._value)
+        yield from self._parameter_tag(string=not as_json)
         yield from self._plain(self._value.strip() if as_json and not cut else self._value)
 
-    def _bare(self, final: bool) -> Iterator[Any] | None:
-        """Text where parameters belong: a JSON object stands for all of them, other text is their only one."""
-        found = re.search(f"</?{_MARK}", self._held)
-        if not found and not final:
-            return None
-        at = found.start() if found else len(self._held)
-        text, self._held = self._held[:at].strip().replace(_END, ""), self._held[at:]
-        if not text and found:
-            return self._skip_tag()
-        return self._bare_parameters(text) if text else iter(())
-
-    def _bare_parameters(self, text: str) -> Iterator[Any]:
-        given = json.loads(text) if _is_json(text) else None
-        for key, value in (given if isinstance(given, dict) else {"arguments": text}).items():
+    def _bare(self, alone: bool) -> Iterator[Any]:
+        """Text where parameters belong: a JSON object stands for them; other text, if it is `alone` in its call."""
+        text, self._value = self._value.strip(), ""
+        given = json.loads(text) if markup.is_json(text) else None
+        if not isinstance(given, dict):
+            given = {"arguments": text} if text and alone and not self._filled else {}
+        for key, value in given.items():
             plain = isinstance(value, str)
-            self._parameter = (_key(key), "")
-            yield from self._parameter_tag("true" if plain else "false")
+            self._parameter = (key, "")
+            yield from self._parameter_tag(string=plain)
             yield from self._plain(value if plain else json.dumps(value, ensure_ascii=False))
-            yield from self._marked(_PARAMETER_CLOSER)
+            yield from self._marked(markup.PARAMETER_CLOSER)
 
     def _closed(self, wanted: _In) -> Iterator[Any]:
         """Leave the parameter and the call that are open."""
         if self._state in (_In.VALUE, _In.HELD):
             yield from self._end_parameter(self._take_newlines())
         if self._state is _In.INVOKE:
-            yield from self._marked(_INVOKE_CLOSER)
-            self._state = _In.BLOCK if wanted is _In.BLOCK else wanted
+            yield from self._bare(alone=True)
+            yield from self._marked(markup.INVOKE_CLOSER)
+            self._state = wanted
 
     def _begin_block(self) -> list[Any]:
         if self._opened:
@@ -294,7 +264,7 @@ class Guard:
         self._opened, self._newlines = True, ""
         ended = [self._chunk.tokens([self._end_id])] if self.thinking else []
         self._origin = _In.CONTENT
-        return [*ended, *self._marked(_BLOCK_OPENER)]
+        return [*ended, *self._marked(markup.BLOCK_OPENER)]
 
     def _end_thinking(self) -> Iterator[Any]:
         if self.thinking:
@@ -303,54 +273,26 @@ class Guard:
 
     def _say(self, text: str) -> Iterator[Any]:
         """Prose. Line ends at the end of content wait: before a block they are layout."""
-        if self.thinking:
+        if not self.thinking and not self._opened:
+            text = self._take_newlines() + text
+            kept = text.rstrip("\n")
+            text, self._newlines = kept, text[len(kept) :]
+        if self.thinking or not self._opened:
             yield from self._plain(text)
-            return
-        if self._opened:
-            return
-        text = self._take_newlines() + text
-        kept = text.rstrip("\n")
-        self._newlines = text[len(kept) :]
-        yield from self._plain(kept)
 
     def _take_newlines(self) -> str:
         taken, self._newlines = self._newlines, ""
         return taken
 
-    def _parameter_tag(self, string: str) -> list[Any]:
-        return self._marked(f'<{DSML}parameter name="{self._parameter[0]}" string="{string}">')
+    def _parameter_tag(self, string: bool) -> list[Any]:
+        self._filled = True
+        return self._marked(markup.parameter_opener(self._parameter[0], string))
 
     def _plain(self, text: str) -> Iterator[Any]:
         """Text that the parser takes for nothing but text."""
-        for token in self._tokenizer.encode(_LOOSE.sub("", text)):
+        for token in self._tokenizer.encode(markup.LOOSE.sub("", text)):
             yield self._chunk.tokens([token])
 
     def _marked(self, text: str) -> list[Any]:
         """Text that the parser takes for structure."""
         return [self._chunk.text(text)]
-
-
-def _name(name: str) -> str:
-    """A function's name without what could be read as markup."""
-    return re.sub(r"[^\w.:/-]", "", name)
-
-
-def _key(key: str) -> str:
-    """A key as the parser wants it, which copies it into JSON: escaped, and in ASCII so that it cannot be markup."""
-    key = _LOOSE.sub("", key)
-    with suppress(ValueError):
-        key = json.loads(f'"{key}"')
-    return json.dumps(key)[1:-1].replace(" ", "\\u0020").replace("<", "\\u003c").replace("'", "\\u0027")
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(name)
-
-
-def _is_json(text: str) -> bool:
-    """Whether it is one JSON value; NaN and the infinities are none."""
-    try:
-        json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return False
-    return True
