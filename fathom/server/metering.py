@@ -130,12 +130,16 @@ class Meter:
         return self._away or self._unwritten
 
     def close(self, patience: float = 5.0) -> None:
-        """Move on what waits, for at most `patience` seconds; the rest stays in the journal."""
+        """Move on what waits, for at most `patience` seconds; the rest stays in the journal.
+
+        The database's connections are closed, too, so that SQLite's file is whole without its side files.
+        """
         self._closing = True
         self._wake.set()
         self._thread.join(patience)
         if not self._thread.is_alive():
             os.close(self._journal)
+            self._database.dispose()
 
     def _written(self, line: bytes) -> str | None:
         """Write to the journal; what went wrong. On a full disk the row waits in memory, the best that is left."""

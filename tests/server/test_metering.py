@@ -71,6 +71,16 @@ def test_rows_come_back_as_they_were_booked(tmp_path: Path, database: sa.Engine)
     again.close()
 
 
+def test_after_the_end_the_file_alone_has_everything(tmp_path: Path, database: sa.Engine) -> None:
+    meter = Meter(database, tmp_path / "journal")
+    for n in range(20):
+        meter.book(row(n))
+    meter.close()
+    (tmp_path / "backup").mkdir()
+    (tmp_path / "backup" / "ledger.db").write_bytes((tmp_path / "ledger.db").read_bytes())
+    assert [r.id for r in read_rows(open_database(url(tmp_path / "backup")))] == [row(n).id for n in range(20)]
+
+
 def test_an_audit_of_the_ledger_finds_no_difference(tmp_path: Path, database: sa.Engine) -> None:
     """10,000 requests around price changes and peak hours, booked, read back, and recomputed with fractions."""
     rng, book = random.Random(11), PriceBook.load()

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.server.harness import Site, block, invoke
+from fathom.encoding.codec import Codec
+from fathom.engine.engine import Memory
+from fathom.engine.llm import LLM
+from fathom.server.books import Books
+from fathom.server.database import open_database
+from fathom.server.keys import Keyring, Limits
+from fathom.server.metering import Meter
+from fathom.server.metrics import Metrics
+from fathom.server.prices import PriceBook
+from fathom.server.settings import ServerSettings
+from tests.server.conftest import desk
+from tests.server.harness import MODEL, Site, block, invoke, serving
 
 pytestmark = pytest.mark.external
+
+SIZES = ("wide", "phone")
+
+COUNTED = ("requests", "hit", "miss", "output")
 
 SHOTS = os.environ.get("FATHOM_SCREENSHOTS")
 
@@ -32,24 +51,30 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.fixture(params=["wide", "phone"])
-def page(request: pytest.FixtureRequest, browser: Any, site: Site) -> Iterator[Any]:
-    wide = request.param == "wide"
-    size = {"width": 1100, "height": 760} if wide else {"width": 390, "height": 780}
-    context = browser.new_context(viewport=size, color_scheme="light" if wide else "dark")
-    opened = context.new_page()
+@contextlib.contextmanager
+def opened(browser: Any, site: Site, size: str) -> Iterator[Any]:
+    """The page, light and wide or dark and narrow; at its end nothing has failed and nobody else was asked."""
+    viewport = {"width": 1100, "height": 760} if size == "wide" else {"width": 390, "height": 780}
+    context = browser.new_context(viewport=viewport, color_scheme="light" if size == "wide" else "dark")
+    page = context.new_page()
     faults: list[str] = []
-    opened.on("pageerror", lambda error: faults.append(str(error)))
-    opened.on(
-        "console", lambda line: faults.append(line.text) if line.type == "error" and "400" not in line.text else None
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on(
+        "console", lambda line: faults.append(line.text) if line.type == "error" and "40" not in line.text else None
     )
     foreign: list[str] = []
-    opened.on("request", lambda r: foreign.append(r.url) if not r.url.startswith((site.url, "data:")) else None)
-    opened.goto(site.url)
-    opened.set_default_timeout(8000)
-    yield opened
+    page.on("request", lambda r: foreign.append(r.url) if not r.url.startswith((site.url, "data:")) else None)
+    page.goto(site.url)
+    page.set_default_timeout(8000)
+    yield page
     assert not faults and not foreign
     context.close()
+
+
+@pytest.fixture(params=SIZES)
+def page(request: pytest.FixtureRequest, browser: Any, site: Site) -> Iterator[Any]:
+    with opened(browser, site, request.param) as page:
+        yield page
 
 
 def ask(page: Any, text: str) -> None:
@@ -61,9 +86,15 @@ def last(page: Any) -> Any:
     return page.locator("#turns > li.assistant").last
 
 
+def answered(page: Any, n: int) -> None:
+    """Wait for the end of the nth answer."""
+    page.locator("#turns > li.assistant > .foot button").nth(n - 1).wait_for()
+
+
 def shot(page: Any, name: str) -> None:
     if SHOTS:
-        page.screenshot(path=str(Path(SHOTS) / f"{name}.png"))
+        size = "wide" if page.viewport_size["width"] > 500 else "phone"
+        page.screenshot(path=str(Path(SHOTS) / f"{name}-{size}.png"))
 
 
 def test_a_turn_streams_folds_its_thinking_and_says_what_it_cost(page: Any, site: Site) -> None:
@@ -80,7 +111,6 @@ def test_a_turn_streams_folds_its_thinking_and_says_what_it_cost(page: Any, site
         and " of " in page.locator("#context-text").inner_text()
     )
     assert page.locator("#announce").inner_text().startswith("It is")
-    shot(page, "chat-wide" if page.viewport_size["width"] > 500 else "chat-phone")
 
 
 def test_markup_is_shown_and_never_run(page: Any, site: Site) -> None:
@@ -130,6 +160,41 @@ def test_a_refusal_is_shown_in_words(page: Any, site: Site) -> None:
     last(page).get_by_text("the context holds 4").wait_for()
 
 
+LONGER = """Python keeps it short: `sorted` takes a key.
+
+```python
+words = ["pear", "fig", "banana"]
+print(sorted(words, key=len))
+```
+
+It sorts by length: **fig**, **pear**, **banana**. Equal lengths keep their order, because the sort is stable."""
+
+
+def test_a_conversation_is_counted(page: Any, site: Site) -> None:
+    """Two turns, in a speed that can be read: what the second found in the cache, and what both cost."""
+    site.script("A key function is enough.</think>" + LONGER, "Reverse it.</think>Add `reverse=True`.", delay=0.01)
+    page.locator("#settings summary").click()
+    page.fill("#system", "Answer briefly, with code where it helps. " * 14)
+    page.locator("#settings summary").click()
+    ask(page, "Sort words by their length in Python, please.")
+    last(page).locator(".foot button").wait_for()
+    first = page.locator("#turn-cost").inner_text()
+    ask(page, "And the longest first?")
+    answered(page, 2)
+    hit, prompt = (int(n) for n in page.locator("#hit-text").inner_text().split(" of "))
+    shared = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(site.prompt(0), site.prompt(1), strict=False))
+    )
+    assert 0 < hit == shared // 128 * 128 and prompt == len(site.prompt(1))
+    turn, both = page.locator("#turn-cost").inner_text(), page.locator("#total-cost").inner_text()
+    assert float(first.strip("$")) + float(turn.strip("$")) == pytest.approx(float(both.strip("$")), rel=0.1)
+    assert 10 < int(page.locator("#speed").inner_text().split()[0]) <= 100
+    last(page).locator("summary").click()
+    page.locator("#input").focus()
+    last(page).locator(".foot").scroll_into_view_if_needed()
+    shot(page, "chat")
+
+
 def test_the_second_view_by_keyboard(page: Any, site: Site) -> None:
     site.script("</think>Hello!")
     ask(page, "hello")
@@ -139,4 +204,59 @@ def test_the_second_view_by_keyboard(page: Any, site: Site) -> None:
     page.locator("#now dd").first.wait_for()
     assert page.locator("#tab-load").get_attribute("aria-selected") == "true"
     assert page.locator("#now dd").nth(2).inner_text().isdigit() and page.locator("#history polyline").count() == 2
-    shot(page, "load-wide" if page.viewport_size["width"] > 500 else "load-phone")
+
+
+@pytest.fixture(scope="module")
+def house(embedded: Codec, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, str]]:
+    """The embedded model with all tiers, a ledger and keys; and one key."""
+    folder = tmp_path_factory.mktemp("house")
+    database = open_database(f"sqlite:///{folder}/fathom.db")
+    ring, meter = Keyring(database), Meter(database, folder / "journal")
+    _, secret = ring.create("ann", Limits())
+    llm = LLM.load("small", memory=Memory(device=64 << 20, host=64 << 20, disk=256 << 20, folder=folder / "kv"))
+    books = Books(Metrics(llm.status), PriceBook.load(), MODEL, meter, ring)
+    with serving(llm, embedded, desk(embedded, llm.context), ServerSettings(), books=books) as site:
+        yield site, secret
+    llm.close()
+    meter.close()
+
+
+def chatter(site: Site, secret: str, n: int) -> None:
+    """Some answers, one after the other."""
+    asked = {"model": MODEL, "reasoning_effort": "max", "messages": [{"role": "user", "content": f"What is {n} + 25?"}]}
+    for _ in range(6 - n):
+        httpx.post(f"{site.url}/chat/completions", json=asked, headers={"x-api-key": secret}, timeout=60)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_second_view_of_a_server_with_keys(browser: Any, house: tuple[Site, str], size: str) -> None:
+    """Without a key it says why nothing is shown; with one, what each tier gave back and what this key has used."""
+    site, secret = house
+    with opened(browser, site, size) as page:
+        page.locator("#tab-load").click()
+        page.locator("#load-note", has_text="Authentication Fails").wait_for()
+        page.locator("#tab-chat").click()
+        page.locator("#settings summary").click()
+        page.fill("#key", secret)
+        page.fill("#system", "Answer in one line, and only what was asked for. " * 8)
+        page.locator("#settings summary").click()
+        for n, question in enumerate(("What is 17 + 25?", "What is 30 + 12?", "Hello!"), 1):
+            ask(page, question)
+            answered(page, n)
+        page.locator("#tab-load").click()
+        busy = [Thread(target=chatter, args=(site, secret, n)) for n in range(6)]
+        for thread in busy:
+            thread.start()
+            page.wait_for_timeout(1000)
+        for thread in busy:
+            while thread.is_alive():
+                page.wait_for_timeout(100)
+        page.wait_for_timeout(2500)
+        assert page.locator(".tier").count() == 3
+        shown = page.locator("#ledger tbody tr td").all_inner_texts()
+        status = httpx.get(f"{site.url}/status", headers={"authorization": f"Bearer {secret}"}).json()
+        assert shown[0].startswith("ann (") and shown[1:5] == [f"{status['ledger'][0][k]:,}" for k in COUNTED]
+        given = [text.split()[0] for text in page.locator(".tier span:last-child").all_inner_texts()]
+        assert given == [f"{n:,}" for n in status["restored"].values()]
+        assert sum(status["restored"].values()) == status["ledger"][0]["hit"] > 0
+        shot(page, "load")

@@ -43,13 +43,14 @@ export class Load {
     this.figures(status);
     this.chart();
     const tiers = Object.entries(status.tiers).map(([name, [used, most]]) => this.tier(name, used, most, status.restored[name] || 0));
-    $("tiers").replaceChildren(...tiers);
+    $("tiers").replaceChildren(...(tiers.length ? tiers : [made("p", "This engine keeps nothing.", { class: "quiet" })]));
+    $("no-ledger").hidden = status.ledger.length > 0;
     $("ledger").tBodies[0].replaceChildren(...status.ledger.map((row) => this.row(row)));
   }
 
   figures({ running, waiting, requests, hit_rate, tokens_per_second }) {
     const rate = hit_rate === null ? "–" : `${(100 * hit_rate).toFixed(1)} %`;
-    const shown = { running, waiting, "requests so far": count(requests), "prompt tokens from cache": rate, "output tokens/s": tokens_per_second.toFixed(1) };
+    const shown = { running, waiting, "requests so far": count(requests), "from cache": rate, "output tokens/s": tokens_per_second.toFixed(1) };
     $("now").replaceChildren(...Object.entries(shown).map(([name, value]) => {
       const box = document.createElement("div");
       box.append(made("dt", name), made("dd", value));
@@ -58,7 +59,8 @@ export class Load {
   }
 
   chart() {
-    const most = Math.max(4, ...this.points.map(([a, b]) => a + b));
+    const highest = Math.max(...this.points.map(([a, b]) => a + b)), most = Math.max(4, highest);
+    $("most").textContent = count(highest);
     const line = (of, colour) => {
       const path = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
       path.setAttribute("points", this.points.map((p, i) => `${(KEPT - this.points.length + i) * 4},${78 - (of(p) / most) * 72}`).join(" "));
@@ -72,7 +74,7 @@ export class Load {
 
   tier(name, used, most, restored) {
     const box = made("div", "", { class: "tier" });
-    box.append(made("span", name), made("meter", "", { min: 0, max: most || 1, value: used, "aria-label": `${name} tier` }), made("span", `${bytes(used)} of ${bytes(most)}`), made("span", `${count(restored)} tokens given back`));
+    box.append(made("span", name), made("meter", "", { min: 0, max: most || 1, value: used, "aria-label": `${name} tier` }), made("span", `${bytes(used)} of ${bytes(most)}`), made("span", `${count(restored)} tokens`));
     return box;
   }
 
