@@ -11,7 +11,7 @@ from typing import Any
 from fathom.api import ChatRequest, Delta, FinishReason, ToolCall
 from fathom.encoding.conversation import conversation, library
 from fathom.encoding.dialect import Settings
-from fathom.encoding.guide import Grammars
+from fathom.encoding.grammar import Grammars
 from fathom.encoding.tokenizer import DSML, END_OF_THINKING, Tokenizer
 
 _UNSPELLABLE = {

@@ -13,7 +13,8 @@ from fathom.encoding.conversation import library
 from fathom.encoding.desk import Desk
 from fathom.encoding.dialect import Dialect
 from fathom.encoding.exchange import Exchange
-from fathom.encoding.guide import AnswerGuide, Function, Grammars
+from fathom.encoding.grammar import Function, Grammars
+from fathom.encoding.guide import AnswerGuide
 from fathom.encoding.layout import Rebuilding, behind_header, spliced
 from fathom.encoding.replay import Said, Turn
 from fathom.encoding.tokenizer import DSML, END_OF_THINKING
@@ -38,6 +39,7 @@ class Conversing(Exchange):
         body = normalise.NORMALISERS[protocol]({**body, "model": _LIBRARY_MODEL}, desk.strict)
         self.forced = None if desk.strict else wishes.take_choice(body, protocol)
         self._keep_thinking = bool(body.pop(normalise.KEEP_THINKING, False))
+        self._strict = frozenset(body.pop(normalise.STRICT_TOOLS, ()))
         self._task = wishes.take_task(body) if protocol == "chat" else None
         self.user = wishes.user(body, protocol, desk.users)
         self._body = body
@@ -232,7 +234,7 @@ class Conversing(Exchange):
         """A forced call begins the answer; one of the model's own will is held to its form once it has begun."""
         tools = self._request.conversation.tools
         chosen = [tool for tool in tools if not self.forced or tool.name in self.forced]
-        functions = [Function(t.name, t.parameters or {}) for t in chosen]
+        functions = [Function(t.name, t.parameters or {}, t.name in self._strict) for t in chosen]
         in_block = self.options.starts_in_tool_calls
         try:
             if self.forced is not None or in_block:
@@ -240,7 +242,7 @@ class Conversing(Exchange):
                 return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, matcher=matcher)
             calls = grammars.calls(functions, grammars.opening(whole=False))
         except RequestError:
-            if self.forced is not None or any(tool.strict for tool in chosen):
+            if self.forced is not None or any(function.strict for function in functions):
                 raise
             calls = None  # a schema that cannot be enforced: the model is trusted, the guard still reads
         return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, calls=calls)

@@ -12,11 +12,14 @@ from typing import Any
 from fathom.encoding import pairing
 from fathom.encoding.body import Body, identity, refuse_unsupported, shown, without_nulls
 from fathom.encoding.content import part_text, text_of, without_billing
-from fathom.encoding.tools import chat_tool, messages_tool, tools_of, typed, with_object
+from fathom.encoding.tools import chat_tool, closed, function_of, messages_tool, strict_names, tools_of, typed
 from fathom.errors import RequestError
 
 KEEP_THINKING = "keep_thinking"
 """Set in a body whose client wants the thinking of earlier turns to stay in the prompt, tools or not."""
+
+STRICT_TOOLS = "strict_tools"
+"""Set in a body: the names of the tools whose arguments must fit their schema."""
 
 _ANY_OBJECT = {"type": "object"}
 
@@ -28,7 +31,8 @@ def chat(body: Body, strict: bool) -> Body:
     if "max_completion_tokens" in body:
         body.setdefault("max_tokens", body.pop("max_completion_tokens"))
     if "tools" in body:
-        body["tools"] = [chat_tool(tool) for tool in tools_of(body)]
+        body[STRICT_TOOLS] = strict_names(tools_of(body))
+        body["tools"] = [chat_tool(tool, strict) for tool in body["tools"]]
     if isinstance(body.get("messages"), list):
         body["messages"] = _chat_turns(body["messages"], strict)
     form = body.get("response_format")
@@ -43,8 +47,7 @@ def chat(body: Body, strict: bool) -> Body:
     if not body.get("logprobs"):
         body.pop("top_logprobs", None)
     if isinstance(form, dict) and isinstance(form.get("json_schema"), dict):
-        inner = form["json_schema"]
-        body["response_format"] = {**form, "json_schema": {**inner, "schema": typed(inner.get("schema"))}}
+        body["response_format"] = {**form, "json_schema": _enforced(form["json_schema"])}
     elif _is_untold(form, body):
         body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": _ANY_OBJECT}}
     return body
@@ -66,7 +69,8 @@ def messages(body: Body, strict: bool) -> Body:
         if not body["system"]:
             del body["system"]
     if "tools" in body:
-        body["tools"] = [messages_tool(t) for t in tools_of(body) if t.get("type") in (None, "custom")]
+        body[STRICT_TOOLS] = strict_names(tools_of(body))
+        body["tools"] = [messages_tool(t) for t in body["tools"] if t.get("type") in (None, "custom")]
         if not body["tools"]:
             body.pop("tools")
             body.pop("tool_choice", None)
@@ -79,10 +83,11 @@ def responses(body: Body, strict: bool) -> Body:
     if isinstance(body.get("instructions"), str):
         body["instructions"] = without_billing(body["instructions"])
     if "tools" in body:
-        body["tools"] = [with_object(t, "parameters") if t.get("type") == "function" else t for t in tools_of(body)]
+        body[STRICT_TOOLS] = strict_names(tools_of(body))
+        body["tools"] = [function_of(t, strict) if t.get("type") == "function" else t for t in body["tools"]]
     text = body.get("text")
     if isinstance(text, dict) and isinstance(text.get("format"), dict) and "schema" in text["format"]:
-        body["text"] = {**text, "format": {**text["format"], "schema": typed(text["format"]["schema"])}}
+        body["text"] = {**text, "format": text["format"] if strict else _enforced(text["format"])}
     elif not strict and isinstance(text, dict) and _is_untold(text.get("format"), body):
         body["text"] = {**text, "format": {"type": "json_schema", "name": "answer", "schema": _ANY_OBJECT}}
     if isinstance(body.get("input"), list):
@@ -129,6 +134,12 @@ def _refuse_any(body: Body) -> None:
     off = isinstance(thinking, dict) and thinking.get("type") == "disabled"
     if isinstance(choice, dict) and choice.get("type") == "any" and not off:
         raise RequestError(400, "Thinking mode does not support this tool_choice", param="tool_choice")
+
+
+def _enforced(form: Body) -> Body:
+    """A format whose schema is enforced as it is meant; what the library calls strict knows less than schemas have."""
+    make = closed if form.get("strict") else typed
+    return {**form, "schema": make(form.get("schema")), "strict": False}
 
 
 def _is_untold(form: Any, body: Body) -> bool:

@@ -380,7 +380,7 @@ def test_id_and_name_come_once(desk: Desk) -> None:
     ids=["text in a call", "json without an end", "brackets"],
 )
 def test_nonsense_costs_what_prose_costs(desk: Desk, text: str) -> None:
-    """The best of some tries; who reads all that is held again with every token needs far more."""
+    """In one of some tries; who reads all that is held again with every token needs far more."""
 
     def seconds(tokens: list[int]) -> float:
         begun = time.process_time()
@@ -388,4 +388,4 @@ def test_nonsense_costs_what_prose_costs(desk: Desk, text: str) -> None:
         return (time.process_time() - begun) / len(tokens)
 
     tokens, prose = ids(desk, text), ids(desk, "</think>" + "word " * 4_000)
-    assert min(seconds(tokens) / seconds(prose) for _ in range(3)) < 3
+    assert any(seconds(tokens) < 3 * seconds(prose) for _ in range(3))

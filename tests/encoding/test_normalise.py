@@ -335,3 +335,20 @@ def test_strict_refuses_as_the_hosted_service(protocol: str, fields: dict[str, A
     with pytest.raises(RequestError, match=words):
         NORMALISERS[protocol]({"messages": [USER], **fields}, True)
     NORMALISERS[protocol]({"messages": [USER], **fields}, False)
+
+
+def test_a_strict_schema_is_closed_and_otherwise_kept() -> None:
+    """Objects inside it, too; a property may have the name of a keyword."""
+    inner = {"type": "object", "properties": {"properties": {"type": "string"}, "const": {"enum": [1]}}}
+    given = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"const": 5}}, "$defs": {"A": inner}}
+    found = chat(tools=[tool(parameters=given, strict=True)])["tools"][0]["function"]
+    assert found["strict"] is False, "the library would refuse the reference and drop the constant"
+    closed = {"required": ["properties", "const"], "additionalProperties": False}
+    typed = {"properties": {"type": "string"}, "const": {"type": "integer", "enum": [1]}}
+    assert found["parameters"] == {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/A"}, "b": {"type": "integer", "const": 5}},
+        "$defs": {"A": {"type": "object", "properties": typed, **closed}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
