@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fathom.kernels.dispatch import beside
 from fathom.kernels.elementwise import silu
 from fathom.kernels.linear import linear
 from fathom.kernels.packed import Packed
 from fathom.kernels.quant import WEIGHT_BLOCK, fp8_sim
+from fathom.kernels.words import from_words
 
 
 def swiglu(gate_up: Tensor, limit: float) -> Tensor:
@@ -23,6 +25,14 @@ def swiglu(gate_up: Tensor, limit: float) -> Tensor:
     return torch.from_numpy(gate / (np.exp(-gate) + np.float32(1)) * up)
 
 
+@beside("quant_triton")
+def gated(gate_up: Tensor, limit: float, quantize: bool) -> Tensor:
+    """`swiglu` of gate_up [T, 2I] in its own dtype, and as the operand of an FP8 linear when `quantize`: [T, I]."""
+    hidden = swiglu(gate_up.float(), limit).to(gate_up.dtype)
+    return fp8_sim(hidden, WEIGHT_BLOCK) if quantize else hidden
+
+
+@beside("experts_triton")
 def experts(
     x: Tensor,
     chosen: Tensor,
@@ -33,12 +43,14 @@ def experts(
     s2: Tensor | None,
     limit: float,
     quantize: bool,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """sum_k w2[e_k] (weights[t,k] * swiglu(w13[e_k] x[t])) for the k chosen experts of each token.
 
     x [T, D] (already on the FP8 grid when `quantize`); chosen [T, k] expert ids; weights [T, k] float32;
-    w13 [E, 2I, D] with the gate rows first, w2 [E, D, I], both in any stored form with scales s13, s2.
-    Returns float32 [T, D]. A token's experts are summed in the order of `chosen`, whatever else is in the batch.
+    w13 [E, 2I, D] with the gate rows first, w2 [E, D, I], both in any stored form with scales s13, s2, FP4 also in the
+    order of `kernels.words`. Returns float32 [T, D]; with `shared` [T, D] that is added last and the sum has its dtype.
+    A token's experts are summed in the order of `chosen`, whatever else is in the batch.
     """
     order, groups = _by_expert(chosen, len(w13))
     if order is None:
@@ -48,7 +60,8 @@ def experts(
     hidden = swiglu(_grouped(rows, groups, w13, s13).float(), limit) * shares.unsqueeze(-1)
     hidden = fp8_sim(hidden, WEIGHT_BLOCK) if quantize else hidden
     out = _grouped(hidden.to(x.dtype), groups, w2, s2).float()
-    return (out if order is None else out[order.argsort()]).unflatten(0, chosen.shape).sum(1)
+    routed = (out if order is None else out[order.argsort()]).unflatten(0, chosen.shape).sum(1)
+    return routed if shared is None else (routed + shared.float()).to(shared.dtype)
 
 
 def _grouped(
@@ -56,7 +69,11 @@ def _grouped(
 ) -> Tensor:
     """Each group of rows times the weight of its expert, end to end."""
     parts = zip(groups, rows.split([count for _, count in groups]), strict=True)
-    return torch.cat([linear(part, weight[e], None if scale is None else scale[e]) for (e, _), part in parts])
+    return torch.cat([linear(part, _stored(weight[e]), None if scale is None else scale[e]) for (e, _), part in parts])
+
+
+def _stored(weight: Tensor | Packed) -> Tensor | Packed:
+    return from_words(weight) if isinstance(weight, Tensor) and weight.dtype == torch.int32 else weight
 
 
 def _by_expert(chosen: Tensor, n: int) -> tuple[Tensor | None, list[tuple[int, int]]]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fathom.kernels.dispatch import beside
 from fathom.kernels.packed import Packed, PackedSum
 from fathom.kernels.quant import dequantize
 
@@ -25,8 +26,15 @@ def pad_rows(x: Tensor) -> Tensor:
     return torch.cat((x, x[-1:].expand(missing, -1))) if x.shape[0] > 1 else x.expand(_ROW_MULTIPLE, -1)
 
 
-def linear(x: Tensor, weight: Tensor | Packed | PackedSum, scale: Tensor | None = None) -> Tensor:
-    """x [T, K] times weight [N, K] (float, packed, FP8, or FP4 [N, K/2]; these two with `scale`) -> [T, N]."""
+@beside("linear_triton")
+def linear(
+    x: Tensor, weight: Tensor | Packed | PackedSum, scale: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x [T, K] times weight [N, K] (float, packed, FP8, or FP4 [N, K/2]; these two with `scale`) -> [T, N].
+
+    dtype: of the operands and of the result, x's own by default.
+    """
+    x = x if dtype is None else x.to(dtype)
     if isinstance(weight, Packed | PackedSum):
         return weight(x)
     if scale is not None:
@@ -38,6 +46,7 @@ def linear(x: Tensor, weight: Tensor | Packed | PackedSum, scale: Tensor | None 
     return out if padded is x else out[: x.shape[0]]
 
 
+@beside("linear_triton")
 def grouped_linear(x: Tensor, weight: Tensor | list[Packed], scale: Tensor | None = None) -> Tensor:
     """x [T, G, K] times weight [G * N, K], group g of x with rows g*N..(g+1)*N of the weight -> [T, G * N]."""
     if isinstance(weight, list):

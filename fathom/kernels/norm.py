@@ -6,6 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fathom.kernels.dispatch import beside
+
+
+@beside("norm_triton")
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMS normalisation over the last axis of x, times `weight` if given: in float32, rounded once to x's dtype."""
+    return normalised(x.float(), eps, None if weight is None else weight.float()).to(x.dtype)
+
 
 def normalised(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, times `weight` [D] if there is one; float32 [..., D].

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fathom.errors import FormatError
+from fathom.kernels.dispatch import beside
 
 FP8_MAX = 448.0
 FP4_MAX = 6.0
@@ -91,6 +92,7 @@ def round_e2m1(y: Tensor) -> Tensor:
     return torch.round(y / step).mul_(step).clamp_(-FP4_MAX, FP4_MAX)
 
 
+@beside("quant_triton")
 def fp8_sim(x: Tensor, block: int) -> Tensor:
     """`x` [..., K] rounded to e4m3 with one power-of-two scale per `block` of K. Reference 4, fp8sim."""
     if _small(x, block):
@@ -222,7 +224,8 @@ def dequantize(w: Tensor, scale: Tensor | None) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _hadamard_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def hadamard_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[n, n], orthonormal; n a power of two."""
     with torch.inference_mode(False):  # kept for later calls, which may be training
         h = torch.ones(1, 1, dtype=torch.float64)
         while h.shape[0] < n:
@@ -232,4 +235,4 @@ def _hadamard_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor
 
 def hadamard(x: Tensor) -> Tensor:
     """The orthonormal Walsh-Hadamard transform of the last axis (a power of two), Sylvester order. Reference 2.8."""
-    return x @ _hadamard_matrix(x.shape[-1], x.dtype, x.device)
+    return x @ hadamard_matrix(x.shape[-1], x.dtype, x.device)

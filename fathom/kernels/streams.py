@@ -1,7 +1,6 @@
-"""The two products between residual streams and their mixing weights. Reference 2.3.
+"""Hyper-connections: what stands before a sublayer, after it, and before the head. Reference 2.3 and 2.11.
 
-Shapes: T tokens, n streams, D hidden size; all float32. Without gradients on a CPU in numpy: one small product a token,
-the same for any number of tokens, where torch takes a call for every stream.
+Shapes: T tokens, n streams, D hidden size. On a GPU `before`, `after` and `folded` are kernels (`streams_triton`).
 """
 
 from __future__ import annotations
@@ -9,6 +8,56 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+
+from fathom.kernels.dispatch import beside
+from fathom.kernels.elementwise import sigmoid
+from fathom.kernels.linear import linear
+from fathom.kernels.norm import normalised, rms_norm
+from fathom.kernels.packed import PackedSum
+from fathom.kernels.sinkhorn import mixing
+
+
+@beside("streams_triton")
+def before(
+    x: Tensor,
+    fn: Tensor | PackedSum,
+    scale: Tensor,
+    base: Tensor,
+    weight: Tensor,
+    eps: float,
+    hc_eps: float,
+    rounds: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sublayer's normalised input [T, D] in the dtype of x, and what `after` needs: post [T, n], comb [T, n, n].
+
+    x [T, n, D]; fn [(2 + n) n, n D], scale [3] and base [(2 + n) n] float32; weight [D] and eps of the sublayer's norm.
+    """
+    pre, post, comb = mixing(_projected(x, fn, eps), scale, base, x.shape[1], rounds, hc_eps)
+    return rms_norm(fold(pre, x.float()).to(x.dtype), weight, eps), post, comb
+
+
+@beside("streams_triton")
+def after(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """The streams after the sublayer's output y [T, D]: each takes its part of y and of all streams x [T, n, D]."""
+    return spread(y.float(), x.float(), post, comb).to(x.dtype)
+
+
+@beside("streams_triton")
+def folded(
+    x: Tensor, fn: Tensor | PackedSum, scale: Tensor, base: Tensor, weight: Tensor, eps: float, hc_eps: float
+) -> Tensor:
+    """The streams folded into one and normalised [T, D], for the head: no Sinkhorn, no factor 2."""
+    pre = sigmoid(_projected(x, fn, eps) * scale + base) + hc_eps
+    return rms_norm(fold(pre, x.float()).to(x.dtype), weight, eps)
+
+
+def _projected(x: Tensor, fn: Tensor | PackedSum, eps: float) -> Tensor:
+    """The dynamic part of every mixing weight: fn times the RMS-normalised streams, float32 [T, rows of fn]."""
+    return linear(normalised(x.flatten(1).float(), eps), fn)
+
+
+# Without gradients on a CPU in numpy: one small product a token, the same for any number of tokens, where torch takes a
+# call for every stream.
 
 
 def fold(weights_Tn: Tensor, x_TnD: Tensor) -> Tensor:

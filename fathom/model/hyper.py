@@ -9,38 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from fathom.config import ModelConfig
-from fathom.kernels.elementwise import sigmoid
-from fathom.kernels.linear import linear
-from fathom.kernels.norm import normalised
+from fathom.kernels import streams
 from fathom.kernels.packed import PackedSum, pack_sum
-from fathom.kernels.sinkhorn import mixing
-from fathom.kernels.streams import fold, spread
-from fathom.model.layers import Packable
-
-
-def _projected(x_TnD: Tensor, fn: Tensor | PackedSum, eps: float) -> Tensor:
-    """The dynamic part of every mixing weight: fn times the RMS-normalised streams, float32 [T, rows of fn]."""
-    flat = x_TnD.flatten(1).float()
-    return linear(normalised(flat, eps), fn)
+from fathom.model.layers import Packable, RMSNorm
 
 
 def hc_pre(
-    x_TnD: Tensor, fn: Tensor | PackedSum, scale: Tensor, base: Tensor, config: ModelConfig
+    x_TnD: Tensor, fn: Tensor | PackedSum, scale: Tensor, base: Tensor, norm: RMSNorm, config: ModelConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sublayer's input [T, D], and what `hc_post` needs: post [T, n] and comb [T, n, n]."""
-    n, eps = config.hc_mult, config.hc_eps
-    m = _projected(x_TnD, fn, config.rms_norm_eps)
-    pre, post, comb = mixing(m, scale, base, n, config.hc_sinkhorn_iters, eps)
-    return _weighted(pre, x_TnD), post, comb
+    """The sublayer's normalised input [T, D], and what `hc_post` needs: post [T, n] and comb [T, n, n]."""
+    rounds = config.hc_sinkhorn_iters
+    return streams.before(x_TnD, fn, scale, base, norm.weight, config.rms_norm_eps, config.hc_eps, rounds)
 
 
 def hc_post(y_TD: Tensor, x_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor) -> Tensor:
     """The streams after the sublayer's output y: each takes its part of y and of all streams."""
-    return spread(y_TD.float(), x_TnD.float(), post_Tn, comb_Tnn).to(x_TnD.dtype)
-
-
-def _weighted(pre_Tn: Tensor, x_TnD: Tensor) -> Tensor:
-    return fold(pre_Tn, x_TnD.float()).to(x_TnD.dtype)
+    return streams.after(y_TD, x_TnD, post_Tn, comb_Tnn)
 
 
 class HyperParameters(Packable):
@@ -63,7 +47,8 @@ class HyperParameters(Packable):
         return fn or getattr(self, f"{name}_fn"), getattr(self, f"{name}_scale"), getattr(self, f"{name}_base")
 
 
-def hc_head(x_TnD: Tensor, fn: Tensor | PackedSum, scale: Tensor, base: Tensor, config: ModelConfig) -> Tensor:
-    """The streams folded into one [T, D] for the output head: no Sinkhorn, no factor 2. Reference 2.11."""
-    m = _projected(x_TnD, fn, config.rms_norm_eps)
-    return _weighted(sigmoid(m * scale + base) + config.hc_eps, x_TnD)
+def hc_head(
+    x_TnD: Tensor, fn: Tensor | PackedSum, scale: Tensor, base: Tensor, norm: RMSNorm, config: ModelConfig
+) -> Tensor:
+    """The streams folded into one and normalised [T, D], for the output head: no Sinkhorn, no factor 2. 2.11."""
+    return streams.folded(x_TnD, fn, scale, base, norm.weight, config.rms_norm_eps, config.hc_eps)

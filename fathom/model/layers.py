@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fathom.kernels import quant
 from fathom.kernels.linear import grouped_linear, linear
-from fathom.kernels.norm import normalised
+from fathom.kernels.norm import rms_norm
 from fathom.kernels.packed import Packed, pack, pack_all
 
 
@@ -84,10 +84,32 @@ class Linear(Packable):
 
 
 def both(x: Tensor, first: Linear, second: Linear) -> Tensor:
-    """Two linears of the same input, their outputs end to end: packed, they are one product."""
-    if first.packed and second.packed and first.joined is None:
-        first.joined = pack(torch.cat((first.weight, second.weight))) or False
-    return linear(x, first.joined) if first.joined else torch.cat((first(x), second(x)), -1)
+    """Two linears of the same input, their outputs end to end: one product where they are packed or on a GPU."""
+    if first.joined is None:
+        first.joined = _joined(first, second) or False
+    return linear(x, *first.joined) if first.joined else torch.cat((first(x), second(x)), -1)
+
+
+def _joined(first: Linear, second: Linear) -> tuple[Packed | Tensor | None, ...] | None:
+    """Both weights as one, and its scale if it has one; None where they stay two."""
+    if first.packed and second.packed:
+        whole = pack(torch.cat((first.weight, second.weight)))
+        return None if whole is None else (whole,)
+    frozen = not (first.weight.requires_grad or second.weight.requires_grad)
+    if not (first.weight.is_cuda and frozen and first.weight.dtype == second.weight.dtype):
+        return None
+    if first.scale is None or second.scale is None:
+        return (_end_to_end(first.weight, second.weight),)
+    return _end_to_end(first.weight, second.weight), _end_to_end(first.scale, second.scale)
+
+
+def _end_to_end(first: nn.Parameter, second: nn.Parameter) -> Tensor:
+    """Two tensors in one, of which they become parts, so that nothing is in memory twice."""
+    with torch.inference_mode(False):
+        bytes_of = [p.detach().contiguous().view(torch.uint8) for p in (first, second)]
+        whole = torch.cat(bytes_of).view(first.dtype)
+        first.data, second.data = whole.split((first.shape[0], second.shape[0]))
+    return whole
 
 
 class GroupedLinear(Linear):
@@ -115,9 +137,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> the same shape and dtype."""
-        return normalised(x.float(), self.eps, self.weight.float()).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rms(x: Tensor, eps: float) -> Tensor:
     """RMSNorm without a weight over the last axis."""
-    return normalised(x.float(), eps).to(x.dtype)
+    return rms_norm(x, None, eps)

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from fathom.config import ModelConfig
-from fathom.kernels.elementwise import softplus
-from fathom.kernels.experts import experts, swiglu
+from fathom.kernels import dispatch
+from fathom.kernels.experts import experts, gated
 from fathom.kernels.linear import linear
 from fathom.kernels.packed import pack, pack_all
 from fathom.kernels.quant import dequantize
+from fathom.kernels.router import route
+from fathom.kernels.words import to_words
 from fathom.model.layers import Linear, Numerics, Packable, both
 
 
@@ -41,15 +43,13 @@ class Gate(Packable):
 
         The bias moves the choice only; the weights are the unbiased scores, which sum to `routed_scaling_factor`.
         """
-        scores = softplus(linear(x.float(), self.packed or self.weight.float())).sqrt()
-        if self.by_hash:
-            chosen = self.tid2eid[tokens]
-        else:
-            chosen = (scores + self.bias).topk(self.config.num_experts_per_tok, -1).indices
+        logits = linear(x, self.packed or self.weight, dtype=torch.float32)
+        bias, table = (None, self.tid2eid) if self.by_hash else (self.bias, None)
+        k, factor = self.config.num_experts_per_tok, self.config.routed_scaling_factor
+        chosen, weights = route(logits, bias, table, tokens, k, factor)
         if self.training:
-            self.load += torch.bincount(chosen.flatten(), minlength=scores.shape[1])
-        weights = scores.gather(-1, chosen)
-        return chosen, weights / weights.sum(-1, keepdim=True) * self.config.routed_scaling_factor
+            self.load += torch.bincount(chosen.flatten(), minlength=logits.shape[1])
+        return chosen, weights
 
 
 class Experts(Packable):
@@ -83,11 +83,16 @@ class Experts(Packable):
             packed = pack_all(self.w13), pack_all(self.w2)
             self.packed = None if None in packed else packed
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """x [T, D] -> float32 [T, D], the weighted sum of each token's experts."""
+    def place(self) -> None:
+        """Rearrange FP4 weights, in their own memory, for the kernels of the device where they are. Once, at load."""
+        if self.w13.dtype == torch.int8 and dispatch.on(self.w13.device):
+            self.store(to_words(self.w13.data), self.w13_scale, to_words(self.w2.data), self.w2_scale)
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, shared: Tensor) -> Tensor:
+        """x [T, D] -> [T, D] in the dtype of `shared`: the weighted sum of each token's experts, plus `shared`."""
         w13, w2 = self.packed or (self.w13, self.w2)
         scales = self.w13_scale, self.w2_scale
-        return experts(x, chosen, weights, w13, scales[0], w2, scales[1], self.limit, self.numerics.quantize)
+        return experts(x, chosen, weights, w13, scales[0], w2, scales[1], self.limit, self.numerics.quantize, shared)
 
 
 class SharedExpert(nn.Module):
@@ -101,8 +106,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] (already an operand) -> [T, D]."""
-        hidden = swiglu(both(x, self.w1, self.w3).float(), self.limit).to(x.dtype)
-        return self.w2(self.numerics.operand(hidden))
+        return self.w2(gated(both(x, self.w1, self.w3), self.limit, self.numerics.quantize))
 
 
 class MoE(nn.Module):
@@ -119,5 +123,4 @@ class MoE(nn.Module):
         """x [T, D], tokens [T] -> [T, D]. The router reads x unquantised."""
         chosen, weights = self.gate(x, tokens)
         operand = self.numerics.operand(x)
-        routed = self.experts(operand, chosen, weights)
-        return (routed + self.shared_experts(operand).float()).to(x.dtype)
+        return self.experts(operand, chosen, weights, self.shared_experts(operand))

@@ -36,11 +36,11 @@ class Block(HyperParameters):
 
     def forward(self, x_TnD: Tensor, step: Step, state: LayerState) -> Tensor:
         """[T, n, D] -> [T, n, D]."""
-        x, post, comb = hc_pre(x_TnD, *self.mixing("hc_attn"), self.config)
-        y = self.attn(self.attn_norm(x), step, state)
+        x, post, comb = hc_pre(x_TnD, *self.mixing("hc_attn"), self.attn_norm, self.config)
+        y = self.attn(x, step, state)
         x_TnD = hc_post(y, x_TnD, post, comb)
-        x, post, comb = hc_pre(x_TnD, *self.mixing("hc_ffn"), self.config)
-        y = self.ffn(self.ffn_norm(x), step.tokens)
+        x, post, comb = hc_pre(x_TnD, *self.mixing("hc_ffn"), self.ffn_norm, self.config)
+        y = self.ffn(x, step.tokens)
         return hc_post(y, x_TnD, post, comb)
 
 
@@ -96,8 +96,7 @@ class Transformer(HyperParameters):
 
     def logits(self, x_RnD: Tensor) -> Tensor:
         """Streams [R, n, D] -> float32 logits [R, V]."""
-        h = hc_head(x_RnD, *self.mixing("hc_head"), self.config)
-        return self._scores(self.norm(h))
+        return self._scores(hc_head(x_RnD, *self.mixing("hc_head"), self.norm, self.config))
 
     def draft(self, x_TnD: Tensor, following: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
         """The MTP block on streams [T, n, D] and the ids [T] of the tokens that follow each: its streams [R, n, D]."""
@@ -110,8 +109,7 @@ class Transformer(HyperParameters):
     def draft_logits(self, x_RnD: Tensor) -> Tensor:
         """The MTP block's streams [R, n, D] -> float32 logits [R, V]; embedding and head are shared with the model."""
         block = self._draft_block()
-        h = hc_head(x_RnD, *block.mixing("hc_head"), self.config)
-        return self._scores(block.norm(h))
+        return self._scores(hc_head(x_RnD, *block.mixing("hc_head"), block.norm, self.config))
 
     def densify(self, dtype: torch.dtype | None = None) -> None:
         """Replace every FP8 and FP4 weight by its exact values in `dtype` (the compute dtype): faster on a CPU.
@@ -130,7 +128,7 @@ class Transformer(HyperParameters):
                 parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
 
     def _scores(self, h: Tensor) -> Tensor:
-        return linear(h.float(), self.head.packed or self.head.weight.float())
+        return linear(h, self.head.packed or self.head.weight, dtype=torch.float32)
 
     def _draft_block(self) -> MTPBlock:
         block = self.mtp[0]

@@ -1,0 +1,94 @@
+"""Hyper-connections and routing on a GPU (or under the interpreter) against the torch references in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fathom.kernels.sinkhorn import sinkhorn
+from fathom.kernels.testing import INTERPRETED, device, error, poisoned
+
+pytest.importorskip("triton")
+DEVICE = device()
+if DEVICE is None:
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+from fathom.kernels import router_triton, streams_triton  # noqa: E402
+
+pytestmark = pytest.mark.external if INTERPRETED else pytest.mark.gpu
+SIZES = (128, 384) if INTERPRETED else (384, 4096, 7168)
+ROUNDING = 6e-3 if INTERPRETED else 3e-3  # the interpreter truncates to BF16
+EPS, HC_EPS, ROUNDS, N = 1e-6, 1e-6, 20, 4
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def rms(x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+
+@pytest.mark.parametrize("hidden", SIZES)
+@pytest.mark.parametrize("tokens", [1, 3, 17])
+def test_before_and_after(hidden: int, tokens: int) -> None:
+    x, y = rand(tokens, N, hidden, seed=1).bfloat16(), rand(tokens, hidden, seed=2).bfloat16()
+    fn, scale = rand(24, N * hidden, seed=3) * (N * hidden) ** -0.5, rand(3, seed=4)
+    base, weight = rand(24, seed=5), rand(hidden, seed=6).bfloat16()
+    with poisoned():
+        out, post, comb = streams_triton.before(x, fn, scale, base, weight, EPS, HC_EPS, ROUNDS)
+        mixed = streams_triton.after(y, x, post, comb)
+    m = rms(x.flatten(1).double()) @ fn.double().T
+    parts = [
+        part * scale[i] + base.double().split((N, N, N * N))[i] for i, part in enumerate(m.split((N, N, N * N), -1))
+    ]
+    folded = ((parts[0].sigmoid() + HC_EPS).unsqueeze(-1) * x.double()).sum(1)
+    assert error(out, rms(folded) * weight.double()) < 1.5 * ROUNDING
+    assert error(post, 2 * parts[1].sigmoid()) < 1e-5
+    want = sinkhorn(parts[2].unflatten(-1, (N, N)), ROUNDS, HC_EPS)
+    assert error(comb, want) < 1e-4
+    total = post.double().unsqueeze(-1) * y.double().unsqueeze(1) + torch.einsum("tij,tid->tjd", want, x.double())
+    assert error(mixed, total) < ROUNDING
+
+
+@pytest.mark.parametrize("hidden", SIZES)
+def test_the_head_folds(hidden: int) -> None:
+    x, fn = rand(5, N, hidden, seed=1).bfloat16(), rand(N, N * hidden, seed=3) * (N * hidden) ** -0.5
+    scale, base, weight = rand(1, seed=4), rand(N, seed=5), rand(hidden, seed=6).bfloat16()
+    with poisoned():
+        out = streams_triton.folded(x, fn, scale, base, weight, EPS, HC_EPS)
+    gates = (rms(x.flatten(1).double()) @ fn.double().T * scale + base).sigmoid() + HC_EPS
+    assert error(out, rms((gates.unsqueeze(-1) * x.double()).sum(1)) * weight.double()) < 1.5 * ROUNDING
+
+
+def test_a_token_has_the_same_bits_in_company() -> None:
+    hidden = SIZES[-1]
+    x, fn = rand(9, N, hidden, seed=1).bfloat16(), rand(24, N * hidden, seed=3) * (N * hidden) ** -0.5
+    rest = rand(3, seed=4), rand(24, seed=5), rand(hidden, seed=6).bfloat16(), EPS, HC_EPS, ROUNDS
+    whole = streams_triton.before(x, fn, *rest)
+    for t in (0, 4, 8):
+        alone = streams_triton.before(x[t : t + 1], fn, *rest)
+        assert all(torch.equal(a[0], b[t]) for a, b in zip(alone, whole, strict=True))
+
+
+@pytest.mark.parametrize(("experts", "k"), [(8, 2), (32, 6), (256, 6)])
+def test_routes(experts: int, k: int) -> None:
+    logits, bias = rand(40, experts, seed=1) * 4, rand(experts, seed=2)
+    tokens = torch.arange(40, device=DEVICE)
+    scores = torch.nn.functional.softplus(logits.double()).sqrt()
+    with poisoned():
+        chosen, shares = router_triton.route(logits, bias, None, tokens, k, 1.5)
+    assert torch.equal(chosen.long(), (scores + bias.double()).topk(k, -1).indices)
+    own = scores.gather(-1, chosen.long())
+    assert error(shares, own / own.sum(-1, keepdim=True) * 1.5) < 1e-5
+    table = torch.stack([torch.randperm(experts)[:k] for _ in range(50)]).to(DEVICE)
+    with poisoned():
+        chosen, shares = router_triton.route(logits, None, table, tokens + 3, k, 1.5)
+    assert torch.equal(chosen.long(), table[tokens + 3])
+    own = scores.gather(-1, chosen.long())
+    assert error(shares, own / own.sum(-1, keepdim=True) * 1.5) < 1e-5
+
+
+def test_equal_scores_go_to_the_lower_expert() -> None:
+    logits = torch.zeros(2, 16, device=DEVICE)
+    chosen, _ = router_triton.route(logits, torch.zeros(16, device=DEVICE), None, torch.zeros(2, device=DEVICE), 4, 1.0)
+    assert chosen.tolist() == [[0, 1, 2, 3]] * 2
