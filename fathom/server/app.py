@@ -14,13 +14,14 @@ from typing import TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from fathom.api import Engine
 from fathom.encoding.desk import Desk
 from fathom.encoding.exchange import Exchange
 from fathom.encoding.intake import count_tokens, open_exchange
-from fathom.errors import FathomError, RequestError
+from fathom.errors import RequestError
 from fathom.server.books import Books
 from fathom.server.metrics import Metrics
 from fathom.server.openapi import bodies
@@ -73,12 +74,14 @@ def create_app(
             include_in_schema=shown,
             openapi_extra={"requestBody": described["count_tokens"]},
         )
-        app.add_api_route(f"{prefix}/models", server.models, methods=["GET"], include_in_schema=shown)
+        app.add_api_route(
+            f"{prefix}/models", server.guarded("chat", server.models), methods=["GET"], include_in_schema=shown
+        )
         named = server.guarded("chat", server.model)
         app.add_api_route(f"{prefix}/models/{{name}}", named, methods=["GET"], include_in_schema=False)
     app.add_api_route("/user/balance", server.guarded("chat", server.balance), methods=["GET"])
     app.add_api_route("/health", server.health, methods=["GET"])
-    app.add_api_route("/ready", server.ready, methods=["GET"])
+    app.add_api_route("/ready", server.guarded("chat", server.ready), methods=["GET"])
     app.add_exception_handler(404, not_served)
     app.add_exception_handler(405, not_served)
     app.add_exception_handler(Exception, fault)
@@ -109,15 +112,19 @@ class Server:
     def guarded(
         self, protocol: str, work: Callable[[Request], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
-        """`work`, its refusals as the protocol's error bodies."""
+        """`work`, its refusals and faults as the protocol's error bodies; every answer carries the request's id."""
 
         async def endpoint(request: Request) -> Response:
+            identity = request.state.identity = _identity(protocol)
             try:
-                return await work(request)
-            except FathomError as error:
-                answer = refusal(protocol, error)
+                answer = await work(request)
+            except ClientDisconnect:
+                answer = Response(status_code=_GONE)
+            except Exception as error:
+                answer = refusal(protocol, error, identity)
                 self.books.metrics.refused(answer.status_code)
-                return answer
+            answer.headers.update({"x-request-id": identity, "request-id": identity})
+            return answer
 
         return endpoint
 
@@ -128,7 +135,7 @@ class Server:
         body = await self._body(request)
         exchange = await self._opened(protocol, body, key.id if key else "")
         self._admit(protocol)
-        identity = _identity(protocol)
+        identity = request.state.identity
         account = self.books.open(key, identity, protocol, exchange.model)
         reply = Reply(exchange, self.settings, identity, account)
         reply.begin(self.engine)
@@ -152,7 +159,7 @@ class Server:
         count = await _worked(len(body), count_tokens, body, self.desk, key=key.id if key else "")
         return JSONResponse({"input_tokens": count})
 
-    async def models(self) -> Response:
+    async def models(self, _: Request) -> Response:
         """The names that are served, in a form that both SDKs read."""
         items = [_shown(name) for name in self.desk.served]
         return JSONResponse({"object": "list", "data": items, "has_more": False})
@@ -173,7 +180,7 @@ class Server:
         """The process lives."""
         return JSONResponse({"status": "ok"})
 
-    async def ready(self) -> Response:
+    async def ready(self, _: Request) -> Response:
         """Requests are answered; `notes` is what the user should know."""
         status, meter = self.engine.status(), self.books.meter
         body: dict[str, object] = {"status": "ready", "running": status.running, "notes": status.notes}

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+import traceback
+from pathlib import Path
 
 from fastapi import Request, Response
 
 from fathom.errors import ContextError, FathomError, RequestError
 
+_log = logging.getLogger("fathom.server")
 
-def refusal(protocol: str, error: FathomError) -> Response:
-    """An error as the response that the protocol's clients expect."""
-    known = as_request_error(error)
+
+def refusal(protocol: str, error: Exception, identity: str = "") -> Response:
+    """An error as the response that the protocol's clients expect; `identity` is the request's, for the log."""
+    known = as_request_error(error, identity)
     headers = {"retry-after": str(known.retry_after)} if known.retry_after else {}
     return Response(error_body(protocol, known), known.status, headers, media_type="application/json")
 
@@ -21,14 +26,24 @@ def error_body(protocol: str, error: RequestError) -> bytes:
     return json.dumps({"error": error.body()} | ({"type": "error"} if protocol == "messages" else {})).encode()
 
 
-def as_request_error(error: Exception) -> RequestError:
-    """Any error as one of HTTP: what is no user's error is the server's fault, and its text stays inside."""
+def as_request_error(error: Exception, identity: str = "") -> RequestError:
+    """Any error as one of HTTP; what is no user's error is the server's fault, of which the log has the place."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, FathomError):
         code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_request_error"
         return RequestError(400, str(error), code=code)
-    return RequestError(500, "the server made an error: see its log", type="server_error", code="internal_error")
+    _log.error("%s: %s", identity or "a request", place(error))
+    message = f"the server made an error: see its log{f' for {identity}' if identity else ''}"
+    return RequestError(500, message, type="server_error", code="internal_error")
+
+
+def place(error: BaseException) -> str:
+    """What an error is and where it came from, innermost first. Its own text may quote a prompt, and is left out."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    shown = " < ".join(f"{Path(f.filename).parent.name}/{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames)
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return f"{type(error).__name__} in {shown}{f', after {place(cause)}' if cause else ''}"
 
 
 def busy(protocol: str, count: int) -> RequestError:
@@ -58,6 +73,6 @@ async def not_served(request: Request, error: Exception) -> Response:
 
 
 async def fault(request: Request, error: Exception) -> Response:
-    """An endpoint that failed. The log has the error itself; the connection ends, and the client is told so."""
+    """A page that failed; the connection ends, and the client is told so."""
     body = error_body(protocol_of(request), as_request_error(error))
     return Response(body, 500, {"connection": "close"}, media_type="application/json")

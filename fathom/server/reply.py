@@ -11,7 +11,7 @@ from fathom.api import Engine, Event, FinishReason, Ticket, Usage
 from fathom.encoding.exchange import Exchange
 from fathom.errors import RequestError
 from fathom.server.books import Account
-from fathom.server.refusal import as_request_error, error_body
+from fathom.server.refusal import as_request_error, error_body, place
 from fathom.server.settings import ServerSettings
 from fathom.server.sse import KEEP_ALIVE, Feed, Frame, frame_bytes
 
@@ -22,7 +22,7 @@ class Reply:
     """The answer to one exchange: `begin`, then `stream` or `whole`, and `leave` in any case."""
 
     def __init__(self, exchange: Exchange, settings: ServerSettings, identity: str, account: Account) -> None:
-        self.exchange, self.settings, self.account = exchange, settings, account
+        self.exchange, self.settings, self.account, self._identity = exchange, settings, account, identity
         self.writer = exchange.writer(identity)
         self._feed = Feed()
         self._ticket: Ticket | None = None
@@ -139,13 +139,14 @@ class Reply:
     def _ended(self, event: Event) -> list[Frame]:
         frames = list(self.writer.finish(event))
         if event.finish is FinishReason.STOP:
-            self.exchange.remember(self.writer)
+            try:
+                self.exchange.remember(self.writer)
+            except Exception as error:  # who asked gets the answer all the same
+                _log.error("%s could not be kept: %s", self._identity, place(error))
         return frames
 
     def _failed(self, error: Exception) -> RequestError:
-        """What the client is told; what it cannot mend goes to the log."""
-        known = as_request_error(error)
-        if known is not error:
-            _log.error("an answer failed", exc_info=error)
+        """What the client is told."""
+        known = as_request_error(error, self._identity)
         self.leave(known.code or "error")
         return known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,11 +18,13 @@ from fastapi import FastAPI
 from fathom.api import GenerateRequest
 from fathom.encoding.answer import AnswerWriter
 from fathom.encoding.codec import Codec
+from fathom.encoding.replay import ReplayStore
 from fathom.engine.stub import ScriptedEngine
 from fathom.server.app import create_app
+from fathom.server.books import Books
 from fathom.server.settings import ServerSettings
 from tests.server.conftest import desk, scripted
-from tests.server.harness import MODEL, OFF, PARIS, Site, block, chunks, eventually, user
+from tests.server.harness import MODEL, OFF, PARIS, Site, block, chunks, eventually, serving, user
 
 PATHS = ["/chat/completions", "/anthropic/v1/messages", "/responses", "/completions"]
 
@@ -63,12 +66,12 @@ def test_who_leaves_before_the_first_byte_leaves_nothing_behind(embedded: Codec,
     app = create_app(engine, desk(embedded), settings=ServerSettings(max_requests=2))
 
     async def main() -> None:
-        for _ in range(5):
+        for _ in range(3):
             sent = await call(app, path, json.dumps(body(stream=stream)).encode(), at_once)
             assert all(message.get("status") not in (429, 529) for message in sent)
 
     asyncio.run(main())
-    assert len(engine.requests) == 5
+    assert len(engine.requests) == 3
     assert eventually(lambda: engine.status().running + engine.status().waiting == 0)
 
 
@@ -98,18 +101,75 @@ def faulty(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     yield site
 
 
+@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", PATHS)
-def test_a_fault_is_an_error_body_without_details(faulty: Site, path: str) -> None:
-    answer = faulty.raw.post(path, json=body())
-    assert answer.status_code == 500 and "secret" not in answer.text
+def test_a_fault_is_an_error_body_without_details(
+    faulty: Site, path: str, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client gets an id, the log the place under it; neither the error's text nor prompt nor key is anywhere."""
+    said = [user("my prompt")]
+    asked = body(stream=stream, messages=said, input="my prompt", prompt="my prompt")
+    answer = faulty.raw.post(path, json=asked, headers={"authorization": "Bearer my-key"})
+    assert answer.status_code == 500 and answer.headers["content-type"] == "application/json"
     assert answer.json()["error"]["type"] == "server_error"
     assert ("type" in answer.json()) == ("messages" in path)
+    identity = answer.headers["x-request-id"]
+    assert identity == answer.headers["request-id"] and identity in answer.json()["error"]["message"]
+    [line] = [record.getMessage() for record in caplog.records]
+    assert identity in line and "RuntimeError in server/test_app.py" in line and "server/app.py" in line
+    assert not any(word in said for word in ("secret", "my prompt", "my-key") for said in (answer.text, caplog.text))
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/ready", "/user/balance", "/v1/models/small"])
+def test_a_fault_of_any_endpoint_is_an_error_body(site: Site, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise KeyError("secret")
+
+    for place, name in ((site.relay, "status"), (Books, "identify"), (Books, "balance")):
+        monkeypatch.setattr(place, name, fails)
+    monkeypatch.setattr("fathom.server.app._shown", fails)
+    answer = site.raw.get(path)
+    assert answer.status_code == 500 and "secret" not in answer.text
+    assert answer.headers["x-request-id"] in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_answer_carries_its_id(site: Site, path: str) -> None:
+    fine, refused = site.raw.post(path, json=body()), site.raw.post(path, json=body(model="none"))
+    assert (fine.status_code, refused.status_code) == (200, 400)
+    assert fine.headers["x-request-id"] == fine.json()["id"] != refused.headers["x-request-id"]
+
+
+def test_who_leaves_with_half_a_body_is_no_fault(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = site.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
+        time.sleep(0.1)
+    assert site.chat(**OFF).status_code == 200
+    assert not caplog.records
+
+
+def test_an_answer_that_cannot_be_kept_is_given_all_the_same(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(ReplayStore, "remember", fails)
+    assert site.chat().json()["choices"][0]["message"]["content"] == "Hello!"
+
+
+def test_counting_goes_beyond_the_context(embedded: Codec) -> None:
+    """C.4 no. 22: the prompt that is refused can be counted."""
+    engine = ScriptedEngine([[]])
+    asked = {"model": MODEL, "messages": [user("word " * 500)], "max_tokens": 5}
+    with serving(engine, embedded, desk(embedded, context=100), ServerSettings()) as site:
+        assert site.raw.post("/v1/messages", json=asked).status_code == 400
+        assert site.raw.post("/v1/messages/count_tokens", json=asked).json()["input_tokens"] > 500
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", PATHS[:3])
 def test_a_fault_of_the_writer_ends_the_answer(
-    site: Site, path: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+    site: Site, path: str, stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """C.4 no. 24: the stream ends cleanly, with an error that the protocol's clients know."""
     pushed = AnswerWriter.push
@@ -121,7 +181,8 @@ def test_a_fault_of_the_writer_ends_the_answer(
 
     monkeypatch.setattr(AnswerWriter, "push", push)
     answer = site.raw.post(path, json=body(stream=stream))
-    assert "secret" not in answer.text
+    assert "secret" not in answer.text + caplog.text
+    assert answer.headers["x-request-id"] in answer.text and answer.headers["x-request-id"] in caplog.text
     if stream:
         last = chunks(answer.text)[-1]
         assert "error" in last or last["type"] in ("error", "response.failed")
