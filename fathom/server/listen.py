@@ -159,7 +159,8 @@ class Deadline:
 def bound(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises ConfigError for a busy port or an address that is not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # Named, because asyncio sends small parts at once (TCP_NODELAY) only on sockets whose protocol it is told.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
