@@ -13,6 +13,7 @@ from fathom.api import Event, FinishReason, GenerateRequest, Logprob, Status
 from fathom.engine.cache import PagedCache
 from fathom.engine.disk import Disk
 from fathom.engine.fingerprint import fingerprint
+from fathom.engine.graphs import Graphs
 from fathom.engine.pages import PagePool
 from fathom.engine.prefix import PrefixCache
 from fathom.engine.request import PAGE, Sequence
@@ -64,12 +65,13 @@ class Core:
         self._memory, self._mark = memory, fingerprint(model)
         device = model.embed.weight.device
         pages = _pages(model, memory.device, max_context or longest)
-        self.cache = PagedCache(config, model.numerics, memory.slots, pages, device)
+        spare = int(device.type == "cuda")  # a slot of nobody's fills up the batches of CUDA graphs
+        self.cache = PagedCache(config, model.numerics, memory.slots + spare, pages, device)
         self._disk = Disk(memory.folder, self._mark, memory.disk) if memory.folder else None
         self._begin()
         self.context = min(max_context or longest, self.scheduler.capacity)
         self.vocabulary, self._eos = config.vocab_size, config.eos_token_id
-        self._runner = Runner(model, self.cache)
+        self._runner = Runner(model, self.cache, Graphs.of(model, self.cache))
         self._samplers: dict[Sequence, Sampler] = {}
         self._notes: tuple[str, ...] = ()
 

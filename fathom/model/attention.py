@@ -45,16 +45,38 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, step: Step, state: LayerState) -> Tensor:
         """[T, D] -> [T, D]; `state` keeps the layer's rows between calls."""
-        forth, back = step.turns(self.ratio)
-        forth_T1P, back_T1P = forth.unsqueeze(1), back.unsqueeze(1)
         operand = self.numerics.operand(x_TD)
         latent = self.numerics.operand(self.q_norm(self.wq_a(operand)))
         q_THC = self.wq_b(latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
-        q_THC = rotate(rms(q_THC, self.config.rms_norm_eps), forth_T1P)
-        kv_TC = self._stored(rotate(self.kv_norm(self.wkv(operand)), forth))
-        o_THC = torch.cat(list(self._tiles(x_TD, latent, q_THC, kv_TC, step, state)))
-        o_TGK = rotate(o_THC, back_T1P).flatten(1).unflatten(-1, (self.config.o_groups, -1))
+        kv_TC = self.wkv(operand)
+        attended = self._by_tile if step.batch.tiles else self._by_token
+        o_THC = attended(x_TD, latent, q_THC, kv_TC, step, state)
+        o_TGK = o_THC.flatten(1).unflatten(-1, (self.config.o_groups, -1))
         return self.wo_b(self.numerics.operand(self.wo_a(o_TGK)))
+
+    def _by_tile(self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, step: Step, state: LayerState) -> Tensor:
+        """[T, H, C]: pieces of sequences one after the other, each of any length."""
+        forth, back = step.turns(self.ratio)
+        q = rotate(rms(q, self.config.rms_norm_eps), forth.unsqueeze(1))
+        kv = self._stored(rotate(self.kv_norm(kv), forth))
+        return rotate(torch.cat(list(self._tiles(x, latent, q, kv, step, state))), back.unsqueeze(1))
+
+    def _by_token(self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, step: Step, state: LayerState) -> Tensor:
+        """[T, H, C]: one token of every sequence, all at once, on a device that has the kernels for it."""
+        from fathom.kernels import paged_triton as paged
+
+        memory, eps, turn = state.paged(), self.config.rms_norm_eps, step.real_turns(self.ratio)
+        where = paged.Where(step.batch.slots, step.batch.positions, memory.table)
+        window, most = memory.ring("window"), memory.reach // max(self.ratio, 1)
+        paged.keep(kv, self.kv_norm.weight, turn, window, where, eps, self.numerics.quantize)
+        chosen = entries = None
+        if self.ratio:
+            entries = self.compressor.paged(x, step, memory, where, self.numerics.quantize)
+        if self.ratio == 4:
+            chosen = self.indexer.paged(x, latent, step, memory, where, most)
+        q = paged.queries(q, turn, eps)
+        size = self.config.sliding_window
+        return paged.attend(q, window, entries, chosen, self.attn_sink, turn, where, self.ratio, size, most)
 
     def _stored(self, row: Tensor) -> Tensor:
         return self.numerics.row(row, self.config.qk_rope_head_dim)

@@ -66,6 +66,8 @@ class Batch:
 
     positions [T] absolute positions; bounds [S+1] row where each sequence begins; slots [S] cache slots;
     wanted [R] rows whose output is wanted (None: all); tiles: the same on the host, cut for the reference kernels.
+    No tiles: one token of each of T running sequences, wherever they stand, for kernels that read positions and slots
+    (int32) on the device.
     """
 
     positions: Tensor
@@ -84,6 +86,11 @@ class Batch:
         """Whole documents end to end, each from position 0, for training and scoring without a cache."""
         spans = [Span(0, n, i) for i, n in enumerate(lengths)]
         return _build(spans, tuple(_merged(_whole(spans))), None, device)
+
+    @staticmethod
+    def tokens(positions: Tensor, slots: Tensor) -> Batch:
+        """The next token of each sequence: int32 positions [T] and slots [T], which the host need not know."""
+        return Batch(positions, positions, slots, None, ())
 
     @staticmethod
     def step(

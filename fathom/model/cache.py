@@ -11,7 +11,7 @@ draft) by starting again from the smaller position.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +21,35 @@ from fathom.errors import ContextError
 from fathom.model.batch import TILE, Tile
 from fathom.model.layers import Numerics
 
+if TYPE_CHECKING:
+    from fathom.kernels.paged_triton import Ring
+
 KEPT_ROWS = 2 * TILE + 8
 """Recent rows that survive: the window before the last block boundary, and a rewind of eight drafts."""
 
 _ROOM = 4 * TILE
+
+
+class Paged(Protocol):
+    """The memory of one layer as device tensors, for one token of every sequence at once.
+
+    table: int32 [slots, pages], the pages of each slot's sequence; reach: the most tokens that a sequence of this step
+    may have, whatever they are.
+    """
+
+    @property
+    def table(self) -> Tensor:
+        """See above."""
+
+    @property
+    def reach(self) -> int:
+        """See above."""
+
+    def ring(self, name: str) -> Ring:
+        """The recent rows of a kind."""
+
+    def store(self, name: str) -> Tensor:
+        """The entries of a kind, [pages, entries a page, W]."""
 
 
 class LayerState(Protocol):
@@ -35,6 +60,9 @@ class LayerState(Protocol):
 
     def entries(self, name: str, tile: Tile, start: int, new: Tensor) -> Tensor:
         """Keep `new` [b, W], b >= 0, as entries start .. start + b - 1 and return all entries before start + b."""
+
+    def paged(self) -> Paged:
+        """The same memory on the device. NotImplementedError where it has no pages."""
 
 
 class Cache(Protocol):
@@ -59,6 +87,10 @@ class NoState:
         """The entries themselves."""
         return new
 
+    def paged(self) -> Paged:
+        """There are no pages."""
+        raise NotImplementedError
+
 
 class Recent:
     """The last rows of each slot, in position order, in a buffer that slides when it is full."""
@@ -73,7 +105,7 @@ class Recent:
         if tile.start == 0:
             self.base[tile.slot] = 0
         if tile.end - self.base[tile.slot] > rows.shape[0]:
-            self._slide(tile)
+            self.slide(tile.slot, tile.start)
         base = self.base[tile.slot]
         if first < base:
             raise ValueError(f"position {tile.start} is too far back: rows before {base} are no longer kept")
@@ -91,11 +123,12 @@ class Recent:
         self.base[slot] = first
         self.rows[slot, : rows.shape[0]] = rows
 
-    def _slide(self, tile: Tile) -> None:
-        rows, base = self.rows[tile.slot], self.base[tile.slot]
-        keep = max(base, tile.start - KEPT_ROWS)
-        rows[: tile.start - keep] = rows[keep - base : tile.start - base].clone()
-        self.base[tile.slot] = keep
+    def slide(self, slot: int, start: int) -> None:
+        """Make room for the rows from position `start` on."""
+        rows, base = self.rows[slot], self.base[slot]
+        keep = max(base, start - KEPT_ROWS)
+        rows[: start - keep] = rows[keep - base : start - base].clone()
+        self.base[slot] = keep
 
 
 class _Layer:
@@ -111,6 +144,9 @@ class _Layer:
         if new.shape[0]:
             store[start : start + new.shape[0]] = new
         return store[: start + new.shape[0]]
+
+    def paged(self) -> Paged:
+        raise NotImplementedError
 
 
 class ContiguousCache:

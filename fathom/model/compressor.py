@@ -7,17 +7,22 @@ Ratio 4 (CSA) pools overlapping windows of 8 tokens, ratio 128 (HCA) disjoint on
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.kernels.pool import overlap, pool
+from fathom.kernels.quant import hadamard_matrix
 from fathom.model.batch import Tile
-from fathom.model.cache import LayerState
+from fathom.model.cache import LayerState, Paged
 from fathom.model.layers import Linear, RMSNorm, both
 from fathom.model.rope import rotate
 from fathom.model.step import Step
+
+if TYPE_CHECKING:
+    from fathom.kernels.paged_triton import Where
 
 
 class Compressor(nn.Module):
@@ -31,6 +36,18 @@ class Compressor(nn.Module):
         self.wgate = Linear(config.hidden_size, width)
         self.ape = nn.Parameter(torch.zeros(ratio, width))
         self.norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def paged(self, x: Tensor, step: Step, memory: Paged, where: Where, quantize: bool) -> Tensor:
+        """One token of every sequence: kept, pooled where it closes its block; the store of entries [pages, n, dim]."""
+        from fathom.kernels import paged_triton
+
+        projected, store = both(x.float(), self.wkv, self.wgate), memory.store(self.name)
+        turn, tail = step.real_turns(self.ratio, of_block=True), memory.ring(self.name)
+        is_key, weight, eps = self.name == "indexer", self.norm.weight, self.norm.eps
+        mixer = hadamard_matrix(self.dim, x.dtype, x.device) if is_key and quantize else None
+        rounded = quantize and not is_key
+        paged_triton.compress(projected, self.ape, weight, turn, tail, store, where, self.ratio, eps, rounded, mixer)
+        return store
 
     def projections(self, x: Tensor, positions: Tensor) -> Tensor:
         """Values and gate logits of each token, float32 [T, 2 * width]; the slot's bias goes on the gates only."""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.kernels.indexer import index_scores, select_topk
+from fathom.kernels.quant import hadamard_matrix
 from fathom.model.batch import Tile
+from fathom.model.cache import Paged
 from fathom.model.compressor import Compressor
 from fathom.model.layers import Linear, Numerics
 from fathom.model.rope import rotate
 from fathom.model.step import Step
+
+if TYPE_CHECKING:
+    from fathom.kernels.paged_triton import Where
 
 
 class Indexer(nn.Module):
@@ -28,8 +35,20 @@ class Indexer(nn.Module):
     def queries(self, x: Tensor, latent: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Index queries [T, h, d] from the query latent, and the weight [T, h] of each head, which may be negative."""
         q = rotate(self.wq_b(latent).unflatten(-1, (self.heads, self.dim)), step.turns(4)[0].unsqueeze(1))
-        weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
-        return self.numerics.index(q), weights
+        return self.numerics.index(q), self._weights(x)
+
+    def paged(self, x: Tensor, latent: Tensor, step: Step, memory: Paged, where: Where, most: int) -> Tensor:
+        """One token of every sequence: the entries that each keeps, int32 [T, topk] in order, -1 behind the last."""
+        from fathom.kernels import paged_triton
+
+        keys = self.compressor.paged(x, step, memory, where, self.numerics.quantize)
+        mixer = hadamard_matrix(self.dim, x.dtype, x.device) if self.numerics.quantize else None
+        q = self.wq_b(latent).unflatten(-1, (self.heads, self.dim))
+        q = paged_triton.index_queries(q, step.real_turns(4), mixer)
+        return paged_triton.select(q, self._weights(x).float(), keys, where, self.topk, most)
+
+    def _weights(self, x: Tensor) -> Tensor:
+        return self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
 
     def forward(self, tile: Tile, keys: Tensor, q: Tensor, weights: Tensor, visible: Tensor | None) -> Tensor | None:
         """The entries that each query keeps: keys [N, d], q [t, h, d], weights [t, h], visible [t, N] -> bool [t, N].

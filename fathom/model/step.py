@@ -28,6 +28,15 @@ class Step:
             self._turns[kind] = (turn, turn.conj().resolve_conj())
         return self._turns[kind]
 
+    def real_turns(self, ratio: int, of_block: bool = False) -> Tensor:
+        """Cosines and sines, float32 [T, P, 2], of the tokens or of the first positions of the blocks they are in."""
+        key = (ratio if of_block else int(ratio > 0), -1, int(of_block))
+        if key not in self._blocks:
+            positions = self.batch.positions
+            first = positions // ratio * ratio if of_block else positions
+            self._blocks[key] = torch.view_as_real(turns(first, self._frequencies(ratio)))
+        return self._blocks[key]
+
     def block_turns(self, ratio: int, begin: int, end: int) -> Tensor:
         """Rotations of the entries begin .. end - 1: a block stands at its first token's position."""
         key = (ratio, begin, end)
