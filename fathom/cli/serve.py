@@ -166,12 +166,25 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path}: {error}") from None
-    known = {name.lstrip("-").replace("-", "_"): p.name for p in context.command.params for name in p.opts}
+    known = {name.lstrip("-").replace("-", "_"): p for p in context.command.params for name in p.opts}
     given = {key.replace("-", "_"): value for key, value in found.items()}
     if unknown := sorted(set(given) - set(known)):
         raise ConfigError(f"--config {path}: unknown setting '{unknown[0]}'; known are {', '.join(sorted(known))}")
-    context.default_map = {**{known[key]: value for key, value in given.items()}, **(context.default_map or {})}
+    for key, value in given.items():
+        if wanted := _mismatch(known[key], value):
+            raise ConfigError(f"--config {path}: {key} must be {wanted}")
+    context.default_map = {**{str(known[k].name): v for k, v in given.items()}, **(context.default_map or {})}
     return path
+
+
+def _mismatch(parameter: Any, value: object) -> str | None:
+    """What a setting's value must be, where it is not; numbers and names are checked by the flag itself."""
+    if getattr(parameter, "multiple", False):
+        fine = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return None if fine else "a list of strings"
+    if getattr(parameter, "is_flag", False) != isinstance(value, bool):
+        return "one value" if isinstance(value, bool) else "true or false"
+    return "one value" if isinstance(value, list | dict) else None
 
 
 def served_names(config: ModelConfig, model: str) -> tuple[str, ...]:

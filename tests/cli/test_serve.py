@@ -224,3 +224,64 @@ def test_settings_from_a_file_and_the_flag_that_wins(tmp_path: Path, capsys: pyt
     path.write_text('colour = "blue"\n')
     assert run(["serve", "--config", str(path)]) == 2
     assert "unknown setting 'colour'; known are allow_open" in capsys.readouterr().err
+
+
+EVERY = """
+model = "small"
+host = "0.0.0.0"
+port = 0
+max-context = 4096
+max-seqs = 8
+kv-gb = 0.1
+kv-host-gb = 0.1
+kv-disk-dir = "FOLDER/kv"
+kv-disk-gb = 0.5
+device = "cpu"
+threads = 1
+dialect = "april"
+strict-deepseek-compat = true
+isolate-messages-users = true
+allow-open = false
+database = "sqlite:///FOLDER/fathom.db"
+bill-as = "deepseek-v4-pro"
+price-list = []
+cors = ["https://a.example", "https://b.example"]
+max-requests = 100
+max-body-mb = 1.5
+grace = 5
+log = true
+"""
+
+
+def test_every_flag_may_stand_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All are read, and none is missing here: the start goes as far as the door that is open to anybody."""
+    (tmp_path / "all.toml").write_text(EVERY.replace("FOLDER", str(tmp_path)))
+    assert run(["serve", "--config", str(tmp_path / "all.toml")]) == 2
+    assert "--host 0.0.0.0 is reachable" in capsys.readouterr().err
+    (tmp_path / "none.toml").write_text("no_such = 1\n")
+    assert run(["serve", "--config", str(tmp_path / "none.toml")]) == 2
+    known = capsys.readouterr().err.strip().partition("known are ")[2].split(", ")
+    assert set(known) - {"config", "help"} == {
+        line.split(" =")[0].replace("-", "_") for line in EVERY.split("\n") if line
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("cors = 3", "cors must be a list of strings"),
+        ('cors = "https://a.example"', "cors must be a list of strings"),
+        ("log = 1", "log must be true or false"),
+        ("port = true", "port must be one value"),
+        ("port = [1]", "port must be one value"),
+        ('port = "x"', "Invalid value for '--port'"),
+        ("port = ", "Invalid value"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_one_line(
+    tmp_path: Path, line: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.toml").write_text(line + "\n")
+    assert run(["serve", "--config", str(tmp_path / "wrong.toml")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said and said.count("\n") == 1

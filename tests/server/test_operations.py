@@ -354,3 +354,23 @@ def test_the_dashboard_asks_for_metrics_that_exist(open_real: Opener) -> None:
         text = site.raw.get("/metrics").text
     asked = set(re.findall(r"fathom_[a-z_]+", board)) - {"fathom_"}
     assert asked and not {name for name in asked if f"\n{name}" not in text}
+
+
+# --- browsers of other origins
+
+
+def preflight(site: Site, origin: str) -> httpx.Response:
+    headers = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": "x-api-key"}
+    return site.raw.options("/v1/chat/completions", headers=headers)
+
+
+def test_browsers_may_ask_from_the_origins_that_were_named_and_no_others(embedded: Codec, site: Site) -> None:
+    mine, other = "https://chat.example", "https://other.example"
+    with serving(ScriptedEngine([[]]), embedded, desk(embedded), ServerSettings(cors=(mine,))) as shared:
+        assert preflight(shared, mine).headers["access-control-allow-origin"] == mine
+        assert "x-api-key" in preflight(shared, mine).headers["access-control-allow-headers"]
+        assert "access-control-allow-origin" not in preflight(shared, other).headers
+        answer = shared.raw.get("/v1/models", headers={"origin": mine})
+        assert answer.headers["access-control-allow-origin"] == mine
+    assert "access-control-allow-origin" not in preflight(site, mine).headers
+    assert "access-control-allow-origin" not in site.raw.get("/v1/models", headers={"origin": mine}).headers
