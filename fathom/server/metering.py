@@ -183,8 +183,10 @@ class Meter:
         totals: dict[str | None, Totals] = {}
         columns = [requests.c[name] for name in ("id", "key", "hit", "miss", "output", "amount")]
         with self._database.connect() as connection:
-            rows: list[Any] = [r for r in connection.execute(sa.select(*columns)) if r.id not in self._waiting]
-        for row in [*rows, *self._waiting.values()]:
+            for r in connection.execution_options(yield_per=1000).execute(sa.select(*columns)):
+                if r.id not in self._waiting:
+                    totals.setdefault(r.key, Totals()).add(r.hit, r.miss, r.output, r.amount)
+        for row in self._waiting.values():
             totals.setdefault(row.key, Totals()).add(row.hit, row.miss, row.output, row.amount)
         return totals
 
