@@ -27,7 +27,7 @@ SMALL = ModelConfig.load(WEIGHTS / "small")
 CONFIG = replace(
     SMALL,
     num_hidden_layers=3,
-    num_hash_layers=1,
+    num_hash_layers=3,  # by score, a last bit can choose other experts
     compress_ratios=(0, 4, 128, 0)[: 3 + SMALL.num_nextn_predict_layers],
     index_topk=16,
 )
