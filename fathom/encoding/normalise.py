@@ -186,6 +186,8 @@ def _chat_message(turn: Body) -> Body:
     if role == "tool":
         turn["tool_call_id"] = identity(turn, "tool_call_id")
     calls = turn.pop("tool_calls", None)
+    if role != "assistant":
+        return turn
     if calls and not isinstance(calls, list):
         raise RequestError(400, f"tool_calls must be a list, not {shown(calls)}", param="messages")
     return {**turn, "tool_calls": [_chat_call(call) for call in calls]} if calls else turn

@@ -34,6 +34,10 @@ CONTROLS = (
 """Without these among its added tokens a tokenizer cannot write a prompt."""
 
 
+_SHORT = 4_000
+"""Characters below which texts are encoded here and now: on a busy machine, other threads would answer later."""
+
+
 class Tokenizer:
     """The tokenizer of a checkpoint.
 
@@ -86,7 +90,9 @@ class Tokenizer:
         return ids
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
-        """In a batch, even of one: only then does the library let other threads of Python go on meanwhile."""
+        """Long ones in a batch, even of one: only then does the library let other threads of Python go on meanwhile."""
+        if sum(map(len, texts)) < _SHORT:
+            return [self._plain.encode(text, add_special_tokens=False).ids for text in texts]
         return [found.ids for found in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def bytes_of(self, token: int) -> bytes:

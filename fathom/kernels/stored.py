@@ -2,7 +2,7 @@
 
 A row is e4m3 in front and BF16 in its last (rope) dims, with one exponent byte for 64 values, padded to 8 bytes: 576
 and 8 for 512 values. Data and scales lie apart, so that both are aligned. The values of an index key lie on the FP4
-grid and are stored in one of two ways: packed (two a byte, an exponent byte for 32), or as e4m3 under one float32 scale,
+grid and are stored in one of two ways: packed (two a byte, an exponent byte for 32), or as e4m3 with a float32 scale,
 which is faster to read. The scales of a key may spread over 2^14 before that rounds its smallest values.
 """
 

@@ -8,21 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fathom.config import ModelConfig, RopeScaling
+from fathom.config import RopeScaling
 
 
-def frequencies(config: ModelConfig, ratio: int) -> Tensor:
-    """float32 [rope_dims / 2] angular frequencies of a layer with compression `ratio`.
+def frequencies(dims: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """float32 [dims / 2] angular frequencies of rotations by `theta`, scaled by YaRN where there is `scaling`.
 
-    Layers without compression use `rope_theta` and no YaRN; all others `compress_rope_theta` with YaRN, for everything
+    Layers without compression have `rope_theta` and no YaRN; all others `compress_rope_theta` with YaRN, for everything
     in them: window, entries and indexer alike.
     """
-    dims = config.qk_rope_head_dim
     exponents = torch.arange(0, dims, 2, dtype=torch.float32) / dims
-    if not ratio:
-        return 1.0 / config.rope_theta**exponents
-    plain = 1.0 / config.compress_rope_theta**exponents
-    return _yarn(plain, config.compress_rope_theta, config.rope_scaling) if config.rope_scaling else plain
+    plain = 1.0 / theta**exponents
+    return _yarn(plain, theta, scaling) if scaling else plain
 
 
 def _yarn(plain: Tensor, base: float, scaling: RopeScaling) -> Tensor:

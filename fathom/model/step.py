@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from fathom.config import ModelConfig
+from fathom.config import ModelConfig, RopeScaling
 from fathom.model.batch import Batch
 from fathom.model.rope import frequencies, turns
 
@@ -46,7 +48,16 @@ class Step:
         return self._blocks[key]
 
     def _frequencies(self, ratio: int) -> Tensor:
-        kind = ratio > 0
+        c, kind = self._config, ratio > 0
         if kind not in self._freqs:
-            self._freqs[kind] = frequencies(self._config, ratio).to(self.tokens.device)
+            scaling = c.rope_scaling if kind else None
+            theta = c.compress_rope_theta if kind else c.rope_theta
+            self._freqs[kind] = _on_device(c.qk_rope_head_dim, theta, scaling, self.tokens.device)
         return self._freqs[kind]
+
+
+@lru_cache(maxsize=16)
+def _on_device(dims: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Frequencies, moved once: nothing is copied from the host while a step is captured."""
+    with torch.inference_mode(False):  # kept for later calls, which may be training
+        return frequencies(dims, theta, scaling).to(device)

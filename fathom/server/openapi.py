@@ -55,10 +55,11 @@ def _turn(role: str, content: Schema, **optional: Schema) -> Schema:
     return _object(["role", "content"], role={"enum": [role]}, content=content, **optional)
 
 
-_STOP: Schema = {"anyOf": [_TEXT, _list(_TEXT, most=16)]}
+_WORD: Schema = {"type": "string", "minLength": 1}
+_STOP: Schema = {"anyOf": [_WORD, _list(_WORD, most=16)]}
 _SAMPLING: Schema = {
     "temperature": {"type": "number", "minimum": 0, "maximum": 2},
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "top_p": {"type": "number", "minimum": 1e-6, "maximum": 1},
     "stream": _FLAG,
 }
 _FORMAT: Schema = {"anyOf": [_kind("text"), _kind("json_object")]}
@@ -97,25 +98,23 @@ _CHAT: Schema = {
 
 _COMPLETIONS: Schema = {**_SAMPLING, "suffix": _TEXT, "max_tokens": _COUNT, "stop": _STOP, "echo": _FLAG}
 
-_BLOCK: Schema = {
+_TEXT_BLOCK, _THOUGHT = _kind("text", text=_TEXT), _kind("thinking", thinking=_TEXT, signature=_TEXT)
+_USE = _kind("tool_use", id=_TEXT, name=_NAME, input=_ANY_OBJECT)
+_RESULT = _kind("tool_result", tool_use_id=_TEXT, content=_PARTS)
+_TURN: Schema = {
     "anyOf": [
-        _kind("text", text=_TEXT),
-        _kind("thinking", thinking=_TEXT, signature=_TEXT),
-        _kind("tool_use", id=_TEXT, name=_NAME, input=_ANY_OBJECT),
-        _kind("tool_result", tool_use_id=_TEXT, content=_PARTS),
+        _turn("user", {"anyOf": [_TEXT, _list({"anyOf": [_TEXT_BLOCK, _RESULT]})]}),
+        _turn("assistant", {"anyOf": [_TEXT, _list({"anyOf": [_THOUGHT, _TEXT_BLOCK, _USE]})]}),
     ]
 }
-_TURN = _object(["role", "content"], role={"enum": ["user", "assistant"]}, content={"anyOf": [_TEXT, _list(_BLOCK)]})
 _MESSAGES_TOOL = _object(["name", "input_schema"], name=_NAME, description=_TEXT, input_schema=_ANY_OBJECT)
 _MESSAGES: Schema = {
     **_SAMPLING,
     "system": _PARTS,
     "thinking": _object(["type"], type={"enum": ["enabled", "adaptive", "disabled"]}, budget_tokens=_COUNT),
     "output_config": _object(effort=_EFFORT),
-    "stop_sequences": _list(_TEXT, most=16),
-    "tools": _list(
-        _object(["name", "input_schema"], name=_NAME, description=_TEXT, input_schema=_ANY_OBJECT), most=128
-    ),
+    "stop_sequences": _list(_WORD, most=16),
+    "tools": _list(_MESSAGES_TOOL, most=128),
     "tool_choice": _object(["type"], type={"enum": ["auto", "any", "none"]}),
     "metadata": _object(user_id=_TEXT),
 }

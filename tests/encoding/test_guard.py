@@ -389,3 +389,14 @@ def test_nonsense_costs_what_prose_costs(desk: Desk, text: str) -> None:
 
     tokens, prose = ids(desk, text), ids(desk, "</think>" + "word " * 4_000)
     assert any(seconds(tokens) < 3 * seconds(prose) for _ in range(3))
+
+
+def test_every_cut_point_gives_the_same_answer(desk: Desk) -> None:
+    """Case 34, C.4 no. 1: the text cut in two anywhere, each part in tokens of its own."""
+    calls = block(invoke(param("Paris 2>&1") + param("2", 'name="r" string="false"')) + invoke(param("Rome")))
+    text = "Let me look\n\n</think>Two calls:\n\n" + calls
+    for cut in range(1, len(text)):
+        if M not in text[cut - len(M) + 1 : cut + len(M) - 1] and "</think>" not in text[cut - 7 : cut + 7]:
+            seen = read(desk, ids(desk, text[:cut]) + ids(desk, text[cut:]))
+            assert (seen.reasoning, seen.content, seen.finish) == ("Let me look", "Two calls:", "tool_calls")
+            assert [json.loads(a) for _, a in seen.calls] == [{"q": "Paris 2>&1", "r": 2}, {"q": "Rome"}]

@@ -105,7 +105,11 @@ class Twin:
         return seen[0].reshape(1, self.config.num_attention_heads, -1), kept[0] if kept else None
 
     def tokens(self, slots: list[int], positions: list[int]) -> Tokens:
-        freqs = (frequencies(self.config, r) for r in (0, 4))
+        c = self.config
+        freqs = (
+            frequencies(c.qk_rope_head_dim, theta, scaling)
+            for theta, scaling in ((c.rope_theta, None), (c.compress_rope_theta, c.rope_scaling))
+        )
         return Tokens.at(torch.tensor(slots, dtype=torch.int32), torch.tensor(positions, dtype=torch.int32), *freqs)
 
     def step(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor | None]:

@@ -80,13 +80,14 @@ def seen(site: Site, raw: str) -> tuple[str, str, list[tuple[str, str]], str]:
 
 
 def test_case_34_every_cut_point_gives_the_same_answer(site: Site) -> None:
+    """Every second one over HTTP; `encoding/test_guard.py` has the same answer with all of them, and many others."""
     wanted = (
         "Let me look",
         "Two calls:",
         [("get_weather", '{"city": "Paris", "days": 2}'), ("get_weather", '{"city": "Rome"}')],
         "tool_calls",
     )
-    scripts = [bytewise(site, SPLIT)] + [cut_ids(site, SPLIT, n) for n in range(1, len(SPLIT))]
+    scripts = [bytewise(site, SPLIT)] + [cut_ids(site, SPLIT, n) for n in range(1, len(SPLIT), 2)]
     unique = [list(s) for s in dict.fromkeys(map(tuple, scripts))]
     assert len(unique) > 50
     site.script(*unique)
@@ -98,7 +99,7 @@ def test_case_34_a_cut_anywhere_leaks_nothing(site: Site) -> None:
     """The same answer ended by length after each of its tokens: what was shown is a beginning of the whole."""
     ids = bytewise(site, SPLIT)
     site.script(ids)
-    for count in range(1, len(ids), 3):
+    for count in range(1, len(ids), 7):
         reasoning, content, calls, finish = seen(site, site.chat(stream=True, tools=[T1], max_tokens=count).text)
         assert "Let me look".startswith(reasoning) and "Two calls:".startswith(content.rstrip("\n<")), content
         assert not leaks([reasoning, content, calls]) and finish == "length"
@@ -271,12 +272,12 @@ def test_case_44_stream_options_without_a_stream(site: Site, strict: Site) -> No
 
 def test_a_stream_is_sent_as_it_is_made(site: Site) -> None:
     """The first words arrive long before the last."""
-    site.script("</think>" + "word " * 40, delay=0.02)
+    site.script("</think>" + "word " * 20, delay=0.02)
     begun = time.monotonic()
     with site.raw.stream("POST", "/chat/completions", json=stream_body()) as answer:
         lines = [(time.monotonic() - begun, line) for line in answer.iter_lines() if line]
     arrivals = [t for t, line in lines if '"content":"' in line]
-    assert arrivals[-1] - arrivals[0] > 0.4
+    assert arrivals[-1] - arrivals[0] > 0.2
     assert data_lines("\n".join(line for _, line in lines))[-1] == "[DONE]"
 
 

@@ -96,7 +96,7 @@ def test_schemathesis_finds_no_fault(site: Site, tmp_path: Path) -> None:
 
     `FATHOM_FUZZ_SECONDS=600` draws for ten minutes.
     """
-    seconds = os.environ.get("FATHOM_FUZZ_SECONDS", "30")
+    seconds = os.environ.get("FATHOM_FUZZ_SECONDS", "60")
     site.script("Let me see.</think>It is four.")
     command = ["schemathesis", "run", site.url + "/openapi.json", "--checks", "not_a_server_error"]
     command += ["--max-time", seconds, "--request-timeout", "20", "--seed", "1"]

@@ -1,0 +1,232 @@
+"""The indexer of a decode step: scores through the page table, then an exact choice. Reference 2.8.
+
+The torch reference is `decode.select`. Grids depend on the longest sequence that is allowed, loops on the one that is
+there. The choice is a search for the k-th largest score, two bits of its pattern at a time; above 8192 keys first in
+each chunk of so many, then among the chunks' best. It is exact for any scores, and in the order of the sequence.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fathom.kernels.common_triton import PLAIN, from_e8m0, inverse_pow2, operand, options, power_of_two
+from fathom.kernels.decode import Memory, Tokens
+
+KEYS = 64 if PLAIN else 128
+"""Keys that are scored at a time."""
+CHUNK = 64 if PLAIN else 8192
+"""Scores that a program chooses among."""
+_PROGRAMS = 528
+"""Programs that score, all tokens together: four on each multiprocessor of an H200."""
+
+
+def select(q: Tensor, weights: Tensor, tokens: Tokens, memory: Memory, k: int, most: int) -> Any:
+    """`decode.select`; NotImplemented for key widths that are no power of two."""
+    assert memory.keys is not None
+    count, heads, dim = q.shape
+    if dim not in (32, 64, 128):
+        return NotImplemented
+    number = most // 4
+    scores = torch.empty((count, number), dtype=torch.float32, device=q.device)
+    keys, where = memory.keys, (tokens.slots, tokens.positions, memory.table)
+    together = min(triton.cdiv(number, KEYS), max(8, _PROGRAMS // count))
+    packed = keys.packed
+    _scores[(together, count)](
+        q.contiguous(), weights, keys.data if packed else keys.data.view(torch.float8_e4m3fn), keys.scales, *where,
+        scores, weights.stride(0), memory.table.shape[1], number, k, dim**-0.5 * heads**-0.5, heads,
+        max(16, power_of_two(heads)), dim, keys.per, KEYS, packed, PLAIN, **options(q, 4),
+    )  # fmt: skip
+    return choose(scores, tokens, memory.table, keys.per, k)
+
+
+def choose(scores: Tensor, tokens: Tokens, table: Tensor, per: int, k: int) -> Tensor:
+    """Rows int32 [B, k] of the k best of scores [B, n], of which a token at p sees the first (p + 1) / 4."""
+    count, number = scores.shape
+    chunks = triton.cdiv(number, CHUNK)
+    out = torch.empty((count, k), dtype=torch.int32, device=scores.device)
+    best = out if chunks == 1 else torch.empty((count, chunks, k), dtype=torch.int32, device=scores.device)
+    block = min(CHUNK, max(power_of_two(number), 128))
+    where = (tokens.slots, tokens.positions, table)
+    _choose[(chunks, count)](
+        scores, best, out, *where, table.shape[1], number, chunks, k, power_of_two(k), per, block, CHUNK,
+        **options(scores, _warps(block)),
+    )  # fmt: skip
+    if chunks > 1:
+        block = power_of_two(chunks * k)
+        _choose_last[(count,)](
+            scores, best, out, *where, table.shape[1], number, chunks, k, per, block, CHUNK,
+            **options(scores, _warps(block)),
+        )  # fmt: skip
+    return out
+
+
+def _warps(block: int) -> int:
+    return 1 if PLAIN else min(32, max(4, block // 256))
+
+
+@triton.jit
+def _e2m1(code):
+    """FP4 codes as float32: the three bits of magnitude are the ends of exponent and mantissa."""
+    bits = ((code & 7) << 22) | ((code & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
+
+
+@triton.jit
+def _one_scale(x):
+    """Powers of two under which rows of FP4 values fit into e4m3."""
+    amax = tl.maximum(tl.max(tl.abs(x), 1), 7.888609052210118e-31)
+    bits = tl.div_rn(amax, 448.0 + tl.zeros_like(amax)).to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scores(
+    q, weights, keys, scales, slots, positions, table, scores, WSTRIDE, PAGES, ROOM, TOPK, SCALE, H, HB: tl.constexpr,
+    D: tl.constexpr, PER: tl.constexpr, B: tl.constexpr, PACKED: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(1)
+    rh = tl.arange(0, HB)
+    DATA: tl.constexpr = D // 2 if PACKED else D
+    rd = tl.arange(0, DATA)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    slot = tl.load(slots + t)
+    number = tl.where(slot >= 0, (tl.load(positions + t) + 1) // 4, 0)
+    if number > TOPK:
+        w = tl.load(weights + t * WSTRIDE + rh, mask=rh < H, other=0.0).to(tl.float32)
+        w = (w * SCALE).to(tl.bfloat16).to(tl.float32)
+        place = q + (t * H + rh)[:, None] * D
+        mask = (rh < H)[:, None]
+        if PACKED:
+            even = tl.trans(operand(tl.load(place + 2 * rd[None, :], mask=mask, other=0.0), PLAIN))
+            odd = tl.trans(operand(tl.load(place + 2 * rd[None, :] + 1, mask=mask, other=0.0), PLAIN))
+        else:
+            x = tl.load(place + rd[None, :], mask=mask, other=0.0).to(tl.float32)
+            one = _one_scale(x)
+            w = w * one
+            even = tl.trans((x * inverse_pow2(one)[:, None]).to(tl.float8e4nv))
+            if PLAIN:
+                even = tl.trans(x * inverse_pow2(one)[:, None])
+        for first in range(tl.program_id(0) * B, number, tl.num_programs(0) * B):
+            at = first + tl.arange(0, B)
+            seen = at < number
+            page = tl.load(table + slot * PAGES + at // PER, mask=seen, other=0).to(tl.int64)
+            row = page * PER + at % PER
+            k = tl.load(keys + row[:, None] * DATA + rd[None, :])
+            if PACKED:
+                rs = tl.arange(0, D // 32)
+                scale = from_e8m0(tl.load(scales + row[:, None] * (D // 32) + rs[None, :]))
+                code = k.to(tl.int32)
+                low = _scaled(_e2m1(code & 15), scale, B, D)
+                high = _scaled(_e2m1(code >> 4), scale, B, D)
+                dots = tl.dot(operand(low.to(tl.bfloat16), PLAIN), even, input_precision="ieee")
+                dots = tl.dot(operand(high.to(tl.bfloat16), PLAIN), odd, dots, input_precision="ieee")
+                score = tl.sum(tl.maximum(dots, 0.0) * w[None, :], 1)
+            else:
+                if PLAIN:
+                    dots = tl.dot(k.to(tl.float32), even, input_precision="ieee")
+                else:
+                    dots = tl.dot(k, even)
+                score = tl.sum(tl.maximum(dots, 0.0) * w[None, :], 1) * tl.load(scales + row)
+            tl.store(scores + t.to(tl.int64) * ROOM + at, score, mask=seen)
+
+
+@triton.jit
+def _scaled(x, scale, B: tl.constexpr, D: tl.constexpr):
+    return tl.reshape(tl.reshape(x, (B, D // 32, 16)) * scale[:, :, None], (B, D // 2))
+
+
+@triton.jit
+def _ordered(s, real):
+    """Unsigned patterns in the order of the scores; 0 for what is not there. Both zeros are one score."""
+    bits = tl.where(s == 0.0, 0.0, s).to(tl.int32, bitcast=True)
+    order = tl.where(bits < 0, ~bits, bits ^ -0x80000000)
+    return tl.where(real, order, 0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _taken(order, K):
+    """Which K to take (at least so many are real) and how many are taken before and with each: the largest, and of
+    equal ones the first."""
+    bar = tl.full((), 0, tl.uint32)
+    for i in tl.static_range(16):
+        shift: tl.constexpr = 30 - 2 * i
+        one = bar | (1 << shift)
+        two = bar | (2 << shift)
+        three = bar | (3 << shift)
+        passed = (order >= one).to(tl.int64) + ((order >= two).to(tl.int64) << 20)
+        counts = tl.sum(passed + ((order >= three).to(tl.int64) << 40), 0)
+        bar = tl.where((counts & 0xFFFFF) >= K, one, bar)
+        bar = tl.where(((counts >> 20) & 0xFFFFF) >= K, two, bar)
+        bar = tl.where((counts >> 40) >= K, three, bar)
+    above = order > bar
+    level = order == bar
+    room = K - tl.sum(above.to(tl.int32), 0)
+    upto = tl.cumsum(above.to(tl.int32) + (level.to(tl.int32) << 16), 0)
+    equal = (upto >> 16) & 0xFFFF
+    return above | (level & (equal <= room)), (upto & 0xFFFF) + tl.minimum(equal, room)
+
+
+@triton.jit
+def _row(entry, table, slot, PAGES, PER: tl.constexpr, mask):
+    page = tl.load(table + slot * PAGES + entry // PER, mask=mask, other=0)
+    return page * PER + entry % PER
+
+
+@triton.jit
+def _choose(
+    scores, best, out, slots, positions, table, PAGES, ROOM, CHUNKS, K, KB: tl.constexpr, PER: tl.constexpr,
+    B: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    t = tl.program_id(1).to(tl.int64)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    slot = tl.load(slots + t)
+    number = tl.where(slot >= 0, (tl.load(positions + t) + 1) // 4, 0)
+    if number <= K:
+        if chunk == 0:
+            rk = tl.arange(0, KB)
+            row = _row(rk, table, slot, PAGES, PER, rk < number)
+            tl.store(out + t * K + rk, tl.where(rk < number, row, -1), mask=rk < K)
+    elif chunk * CHUNK < number:
+        at = chunk * CHUNK + tl.arange(0, B)
+        s = tl.load(scores + t * ROOM + at, mask=at < number, other=0.0)
+        own = tl.minimum(K, number - chunk * CHUNK)
+        taken, upto = _taken(_ordered(s, at < number), own)
+        if number <= CHUNK:
+            tl.store(out + t * K + upto - 1, _row(at, table, slot, PAGES, PER, taken), mask=taken)
+        else:
+            place = best + (t * CHUNKS + chunk) * K
+            tl.store(place + upto - 1, at, mask=taken)
+            rk = tl.arange(0, KB)
+            tl.store(place + rk, -1, mask=(rk >= own) & (rk < K))
+
+
+@triton.jit
+def _choose_last(
+    scores, best, out, slots, positions, table, PAGES, ROOM, CHUNKS, K, PER: tl.constexpr, B: tl.constexpr,
+    CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    slot = tl.load(slots + t)
+    number = tl.where(slot >= 0, (tl.load(positions + t) + 1) // 4, 0)
+    if number > tl.maximum(K, CHUNK):
+        r = tl.arange(0, B)
+        at = tl.load(best + t * CHUNKS * K + r, mask=r < tl.cdiv(number, CHUNK) * K, other=-1)
+        s = tl.load(scores + t * ROOM + at, mask=at >= 0, other=0.0)
+        taken, upto = _taken(_ordered(s, at >= 0), K)
+        tl.store(out + t * K + upto - 1, _row(at, table, slot, PAGES, PER, taken), mask=taken)

@@ -1,0 +1,309 @@
+"""What stands between a layer's projections and its attention in a decode step, in one launch. Reference 2.5 to 2.8, 4.
+
+The torch reference is `decode.prepare`. A program does one thing for one token: its window row, its part of an entry or
+of an index key, the queries of a few heads, or the index queries of a few. What other programs of the launch write is
+never read: rows of neighbours in the batch are taken from the projections.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fathom.kernels.common_triton import (
+    PLAIN,
+    fp8_scale,
+    inverse_pow2,
+    operand,
+    options,
+    power_of_two,
+    round_e4m3,
+)  # fmt: skip
+from fathom.kernels.decode import Memory, Norms, Tokens
+from fathom.kernels.quant import hadamard_matrix
+from fathom.kernels.stored import BLOCK, Keys, Rows
+
+_HEADS, _INDEX_HEADS = 4, 16
+"""Heads that a program makes the queries of."""
+_ITEMS = 8
+"""Items that are pooled at a time."""
+
+
+def prepare(
+    q: Tensor,
+    kv: Tensor,
+    tokens: Tokens,
+    memory: Memory,
+    norms: Norms,
+    projected: Tensor | None = None,
+    index_q: Tensor | None = None,
+    index_projected: Tensor | None = None,
+) -> Any:
+    """`decode.prepare`; NotImplemented for other types than BF16 and for fronts that are no multiple of 64."""
+    count, heads, width = q.shape
+    if q.dtype != torch.bfloat16 or kv.dtype != torch.bfloat16 or (width - memory.window.rope) % BLOCK:
+        return NotImplemented
+    if index_q is not None and index_q.shape[2] not in (32, 64, 128):
+        return NotImplemented
+    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    iq = q if index_q is None else index_q.contiguous()
+    iout = torch.empty_like(iq)
+    index_heads, dim = iq.shape[1:] if index_q is not None else (0, 32)
+    blocks = (triton.cdiv(heads, _HEADS), triton.cdiv(index_heads, _INDEX_HEADS))
+    turn, of_block = tokens.turn(memory.ratio), tokens.turn(memory.ratio, block=True)
+    entry = _place(memory, memory.entries, projected, memory.tail, norms.entries, kv, norms)
+    key = _place(memory, memory.keys, index_projected, memory.key_tail, norms.keys, kv, norms)
+    _prepare[(3 + sum(blocks), count)](
+        q, out, iq, iout, hadamard_matrix(dim, torch.bfloat16, q.device), kv, norms.kv, *_planes(memory.window), turn,
+        of_block, tokens.slots, tokens.positions, memory.table, *entry, *key, norms.eps, kv.stride(0), heads,
+        index_heads, memory.table.shape[1], blocks[0], width, power_of_two(width), memory.window.rope, dim,
+        memory.ratio, memory.window.per, 1 if memory.tail is None else memory.tail.shape[1],
+        128 // max(memory.ratio, 1), memory.keys is not None and memory.keys.packed, _HEADS, _INDEX_HEADS, _ITEMS,
+        PLAIN, **options(q, 4),
+    )  # fmt: skip
+    return out, None if index_q is None else iout
+
+
+def _place(memory: Memory, store: Any, projected: Any, tail: Any, weights: Any, none: Tensor, norms: Norms) -> Any:
+    """Of a compressor: projections and their stride, tail, bias, norm, and the planes where entries go."""
+    if store is None:
+        return none, 0, none, none, norms.kv, none, none, none
+    return projected, projected.stride(0), tail, weights.ape, weights.norm, *_planes(store)
+
+
+def _planes(store: Rows | Keys) -> tuple[Tensor, Tensor, Tensor]:
+    """Data as e4m3 (packed keys: as bytes), as BF16, and scales."""
+    codes = store.data if isinstance(store, Keys) and store.packed else store.data.view(torch.float8_e4m3fn)
+    return codes, store.data.view(torch.bfloat16), store.scales
+
+
+@triton.jit
+def bf16(x):
+    """Rounded to BF16, as float32."""
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def turned(x, turn, R: tl.constexpr, B: tl.constexpr, C: tl.constexpr, ROPE: tl.constexpr, BACK: tl.constexpr, FROM):
+    """The last ROPE of C columns of x [R, B], columns FROM.. of a row, turned and rounded to BF16."""
+    even, odd = tl.split(tl.reshape(x, (R, B // 2, 2)))
+    pair = tl.arange(0, B // 2) + FROM // 2 - (C - ROPE) // 2
+    inside = (pair >= 0) & (pair < ROPE // 2)
+    cos = tl.load(turn + 2 * pair, mask=inside, other=1.0)[None, :]
+    sin = tl.load(turn + 2 * pair + 1, mask=inside, other=0.0)[None, :]
+    if BACK:
+        sin = -sin
+    return tl.reshape(tl.join(bf16(even * cos - odd * sin), bf16(even * sin + odd * cos)), (R, B))
+
+
+@triton.jit
+def _normed(x, C: tl.constexpr, EPS):
+    return x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / C + EPS))[:, None]
+
+
+@triton.jit
+def _store_row(x, codes, rope, scales, row, B: tl.constexpr, C: tl.constexpr, ROPE: tl.constexpr):
+    """x [1, B] as a stored row."""
+    FRONT: tl.constexpr = C - ROPE
+    r = tl.arange(0, B)
+    rb = tl.arange(0, B // 64)
+    v = tl.reshape(x, (B // 64, 64))
+    scale = fp8_scale(tl.max(tl.abs(v), 1))
+    q = tl.reshape(round_e4m3(v * inverse_pow2(scale)[:, None]), (B,))
+    tl.store(codes + row * (FRONT + 2 * ROPE) + r, q.to(tl.float8e4nv), mask=r < FRONT)
+    PADDED: tl.constexpr = (FRONT + 511) // 512 * 8
+    exponent = scale.to(tl.int32, bitcast=True) >> 23
+    tl.store(scales + row * PADDED + rb, exponent.to(tl.uint8), mask=rb * 64 < FRONT)
+    place = rope + row * (FRONT // 2 + ROPE) + FRONT // 2 + r - FRONT
+    tl.store(place, tl.reshape(x, (B,)).to(tl.bfloat16), mask=(r >= FRONT) & (r < C))
+
+
+@triton.jit
+def _fp4(x, R: tl.constexpr, D: tl.constexpr):
+    """x [R, D] on the e2m1 grid: values over their scales [R, D / 32, 32], and the scales [R, D / 32]."""
+    v = tl.reshape(x, (R, D // 32, 32))
+    amax = tl.maximum(tl.max(tl.abs(v), 2), 7.052966104933725e-38)
+    bits = tl.div_rn(amax, 6.0 + tl.zeros_like(amax)).to(tl.int32, bitcast=True)
+    scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    y = v * inverse_pow2(scale)[:, :, None]
+    step = tl.where(tl.abs(y) < 2.0, 0.5, tl.where(tl.abs(y) < 4.0, 1.0, 2.0))
+    inverse = tl.where(tl.abs(y) < 2.0, 2.0, tl.where(tl.abs(y) < 4.0, 1.0, 0.5))
+    return ((y * inverse + 12582912.0) - 12582912.0) * step, scale
+
+
+@triton.jit
+def _store_key(x, codes, scales, row, D: tl.constexpr, PACKED: tl.constexpr):
+    """x [1, D] as a stored index key."""
+    y, scale = _fp4(x, 1, D)
+    if PACKED:
+        size = tl.abs(y)
+        code = tl.where(size < 2.0, size * 2.0, tl.where(size < 4.0, size + 2.0, size * 0.5 + 4.0)).to(tl.int32)
+        code = code | tl.where(tl.reshape(x, (1, D // 32, 32)).to(tl.int32, bitcast=True) < 0, 8, 0)
+        low, high = tl.split(tl.reshape(code, (D // 2, 2)))
+        tl.store(codes + row * (D // 2) + tl.arange(0, D // 2), (low | (high << 4)).to(tl.uint8))
+        exponent = tl.reshape(scale, (D // 32,)).to(tl.int32, bitcast=True) >> 23
+        tl.store(scales + row * (D // 32) + tl.arange(0, D // 32), exponent.to(tl.uint8))
+    else:
+        v = tl.reshape(y * scale[:, :, None], (1, D))
+        one = _key_scale(v)
+        tl.store(
+            codes + row * D + tl.arange(0, D)[None, :], round_e4m3(v * inverse_pow2(one)[:, None]).to(tl.float8e4nv)
+        )
+        tl.store(scales + row + tl.arange(0, 1), one)
+
+
+@triton.jit
+def _key_scale(v):
+    """The one power of two under which a row of FP4 values fits into e4m3."""
+    amax = tl.maximum(tl.max(tl.abs(v), 1), 7.888609052210118e-31)
+    bits = tl.div_rn(amax, 448.0 + tl.zeros_like(amax)).to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _items(
+    at, column, inside, projected, STRIDE, tail, ape, slots, positions, b, slot, position, W: tl.constexpr,
+    RING: tl.constexpr, RATIO: tl.constexpr,
+):  # fmt: skip
+    """Values and gates [n, columns] of the sequence's tokens at positions `at` [n] <= position; gates -inf before 0."""
+    source = b - (position - at)
+    near = (source >= 0) & (at >= 0)
+    near = near & (tl.load(slots + source, mask=near, other=-1) == slot)
+    near = near & (tl.load(positions + source, mask=near, other=-1) == at)
+    mine = near[:, None] & inside[None, :]
+    place = projected + source.to(tl.int64)[:, None] * STRIDE + column[None, :]
+    bias = tl.load(ape + (at % RATIO)[:, None] * W + column[None, :], mask=mine, other=0.0)
+    value = tl.load(place, mask=mine, other=0.0)
+    gate = tl.load(place + W, mask=mine, other=0.0) + bias
+    kept = ((at >= 0) & (near == 0))[:, None] & inside[None, :]
+    place = tail + (slot.to(tl.int64) * RING + at % RING)[:, None] * (2 * W) + column[None, :]
+    value = tl.where(mine, value, tl.load(place, mask=kept, other=0.0))
+    gate = tl.where(mine, gate, tl.load(place + W, mask=kept, other=0.0))
+    return value, tl.where((at >= 0)[:, None], gate, float("-inf"))
+
+
+@triton.jit
+def _add(value, gate, top, total, acc):
+    """Online softmax over items: n more, [n, columns]."""
+    new = tl.maximum(top, tl.max(gate, 0))
+    shrink = tl.exp(top - new)
+    share = tl.exp(gate - new[None, :])
+    return new, total * shrink + tl.sum(share, 0), acc * shrink + tl.sum(share * value, 0)
+
+
+@triton.jit
+def _compressed(
+    projected, STRIDE, tail, ape, norm, codes, rope, scales, turn, slots, positions, table, mixer, b, slot, position,
+    EPS, PAGES, D: tl.constexpr, B: tl.constexpr, ROPE: tl.constexpr, RATIO: tl.constexpr, RING: tl.constexpr,
+    PER: tl.constexpr, KEY: tl.constexpr, PACKED: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """Keep a token's values and gates; where it closes its block, pool the block and store the entry."""
+    HALVES: tl.constexpr = 2 if RATIO == 4 else 1
+    W: tl.constexpr = HALVES * D
+    r = tl.arange(0, B)
+    inside = r < D
+    own = projected + b.to(tl.int64) * STRIDE + r
+    row = tail + (slot.to(tl.int64) * RING + position % RING) * (2 * W) + r
+    bias = ape + (position % RATIO) * W + r
+    for half in tl.static_range(HALVES):
+        tl.store(row + half * D, tl.load(own + half * D, mask=inside), mask=inside)
+        gate = tl.load(own + W + half * D, mask=inside) + tl.load(bias + half * D, mask=inside)
+        tl.store(row + W + half * D, gate, mask=inside)
+    if (position + 1) % RATIO == 0:
+        high = r + (HALVES - 1) * D
+        top = tl.full((B,), -1e38, tl.float32)
+        total = tl.zeros((B,), tl.float32)
+        acc = tl.zeros((B,), tl.float32)
+        if RATIO == 4:
+            at = position - 7 + tl.arange(0, 4)
+            value, gate = _items(
+                at, r, inside, projected, STRIDE, tail, ape, slots, positions, b, slot, position, W, RING, RATIO
+            )
+            top, total, acc = _add(value, gate, top, total, acc)
+            value, gate = _items(
+                at + 4, high, inside, projected, STRIDE, tail, ape, slots, positions, b, slot, position, W, RING, RATIO
+            )
+            top, total, acc = _add(value, gate, top, total, acc)
+        else:
+            for first in range(position + 1 - RATIO, position + 1, ITEMS):
+                value, gate = _items(
+                    first + tl.arange(0, ITEMS), r, inside, projected, STRIDE, tail, ape, slots, positions, b, slot,
+                    position, W, RING, RATIO,
+                )  # fmt: skip
+                top, total, acc = _add(value, gate, top, total, acc)
+        pooled = tl.where(inside, acc / total, 0.0)
+        x = _normed(tl.reshape(bf16(pooled), (1, B)), D, EPS)
+        x = bf16(x * tl.load(norm + r, mask=inside, other=0.0).to(tl.float32)[None, :])
+        x = turned(x, turn + b * ROPE, 1, B, D, ROPE, False, 0)
+        block = position // RATIO
+        page = tl.load(table + slot * PAGES + block // PER).to(tl.int64)
+        if KEY:
+            square = tl.load(mixer + r[:, None] * D + r[None, :]).to(tl.float32)
+            mixed = bf16(tl.sum(tl.reshape(x, (B, 1)) * square, 0))
+            _store_key(tl.reshape(mixed, (1, B)), codes, scales, page * PER + block % PER, D, PACKED)
+        else:
+            _store_row(x, codes, rope, scales, page * PER + block % PER, B, D, ROPE)
+
+
+@triton.jit
+def _prepare(
+    q, out, iq, iout, mixer, kv, weight, codes, rope, scales, turns, block_turns, slots, positions, table,
+    eproj, ESTRIDE, etail, eape, enorm, ecodes, erope, escales, kproj, KSTRIDE, ktail, kape, knorm, kcodes, krope,
+    kscales, EPS, KVSTRIDE, H, IH, PAGES, QBLOCKS, C: tl.constexpr, B: tl.constexpr, ROPE: tl.constexpr,
+    D: tl.constexpr, RATIO: tl.constexpr, RING: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr,
+    PACKED: tl.constexpr, HB: tl.constexpr, IB: tl.constexpr, ITEMS: tl.constexpr, PLAIN: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    role = tl.program_id(0)
+    b = tl.program_id(1)
+    r = tl.arange(0, B)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    slot = tl.load(slots + b)
+    position = tl.load(positions + b)
+    turn = turns + b * ROPE
+    if role == 0:
+        if slot >= 0:
+            x = tl.load(kv + b.to(tl.int64) * KVSTRIDE + r, mask=r < C, other=0.0).to(tl.float32)
+            x = _normed(tl.reshape(x, (1, B)), C, EPS)
+            x = bf16(x * tl.load(weight + r, mask=r < C, other=0.0).to(tl.float32)[None, :])
+            x = turned(x, turn, 1, B, C, ROPE, False, 0)
+            _store_row(x, codes, rope, scales, slot.to(tl.int64) * RING + position % RING, B, C, ROPE)
+    elif role == 1:
+        if RATIO > 0:
+            if slot >= 0:
+                _compressed(
+                    eproj, ESTRIDE, etail, eape, enorm, ecodes, erope, escales, block_turns, slots, positions, table,
+                    mixer, b, slot, position, EPS, PAGES, C, B, ROPE, RATIO, TAIL, PER, False, False, ITEMS,
+                )  # fmt: skip
+    elif role == 2:
+        if RATIO == 4:
+            if slot >= 0:
+                _compressed(
+                    kproj, KSTRIDE, ktail, kape, knorm, kcodes, krope, kscales, block_turns, slots, positions, table,
+                    mixer, b, slot, position, EPS, PAGES, D, D, ROPE, 4, TAIL, PER, True, PACKED, ITEMS,
+                )  # fmt: skip
+    elif role < 3 + QBLOCKS:
+        heads = (role - 3) * HB + tl.arange(0, HB)
+        mask = (heads < H)[:, None] & (r < C)[None, :]
+        place = (b.to(tl.int64) * H + heads)[:, None] * C + r[None, :]
+        x = bf16(_normed(tl.load(q + place, mask=mask, other=0.0).to(tl.float32), C, EPS))
+        tl.store(out + place, turned(x, turn, HB, B, C, ROPE, False, 0).to(tl.bfloat16), mask=mask)
+    else:
+        if RATIO == 4:
+            rd = tl.arange(0, D)
+            heads = (role - 3 - QBLOCKS) * IB + tl.arange(0, IB)
+            mask = (heads < IH)[:, None] & (rd < D)[None, :]
+            place = (b.to(tl.int64) * IH + heads)[:, None] * D + rd[None, :]
+            x = turned(tl.load(iq + place, mask=mask, other=0.0).to(tl.float32), turn, IB, D, D, ROPE, False, 0)
+            square = operand(tl.load(mixer + rd[:, None] * D + rd[None, :]), PLAIN)
+            y, scale = _fp4(bf16(tl.dot(operand(x.to(tl.bfloat16), PLAIN), square, input_precision="ieee")), IB, D)
+            tl.store(iout + place, tl.reshape(y * scale[:, :, None], (IB, D)).to(tl.bfloat16), mask=mask)
