@@ -1,9 +1,9 @@
 """Which implementation computes an op on a device: torch, the reference, or the Triton kernel beside it.
 
-`kernels/linear.py` holds an op and its reference; the function of the same name in `kernels/linear_triton.py` is its
-twin. On a CUDA device, where no gradient is wanted, the twin is asked first; it returns NotImplemented for shapes and
-formats that it does not have, and then the reference computes them. What was chosen is said once a device, and once an
-op where a kernel does not compile. FATHOM_KERNELS=torch forces the references everywhere.
+`kernels/linear.py` holds an op and its reference; the function of the same name in `kernels/linear_triton.py` (or
+`_cuda`) is its twin. On a CUDA device, where no gradient is wanted, the twin is asked first; it returns NotImplemented
+for shapes and formats that it does not have, and then the reference computes them. What was chosen is said once a
+device, and once an op where a kernel does not compile. FATHOM_KERNELS=torch forces the references everywhere.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from fathom.errors import ConfigError
+from fathom.kernels.cuda import KernelError
 
 _log = logging.getLogger("fathom.kernels")
 _OLDEST = (8, 9)
@@ -97,4 +98,4 @@ def _tried(module: str, name: str, call: Callable[[Callable[..., R]], R]) -> R:
 def _is_compilation(error: Exception) -> bool:
     """Whether the compiler gave up, rather than the device or its memory."""
     by_triton = any(kind.__module__.startswith("triton.") for kind in type(error).__mro__)
-    return by_triton or isinstance(error, ImportError) or "PassManager" in str(error)
+    return by_triton or isinstance(error, ImportError | KernelError) or "PassManager" in str(error)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fathom.kernels.dispatch import beside
+from fathom.kernels.norm import rms_norm
 from fathom.kernels.packed import Packed, PackedSum
-from fathom.kernels.quant import dequantize
+from fathom.kernels.quant import WEIGHT_BLOCK, dequantize, fp8_sim
 
 # BLAS picks another reduction order below four rows and for odd remainders. Padding the rows makes the result of a row
 # independent of its neighbours, which is what "alone or in a batch, the same bits" needs.
@@ -56,3 +60,24 @@ def grouped_linear(x: Tensor, weight: Tensor | list[Packed], scale: Tensor | Non
     groups = weight.to(x.dtype).unflatten(0, (x.shape[1], -1))
     out = torch.bmm(pad_rows(x.flatten(1)).unflatten(1, x.shape[1:]).transpose(0, 1), groups.transpose(1, 2))
     return out.transpose(0, 1).flatten(1)[: x.shape[0]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several linears of the same input: weight [N, K] in any stored form, and its scale.
+
+    quantised: whether it reads the input rounded to e4m3 per 128; dtype: of the result, the input's by default.
+    """
+
+    weight: Tensor | Packed | PackedSum
+    scale: Tensor | None = None
+    quantised: bool = False
+    dtype: torch.dtype | None = None
+
+
+@beside("linear_cuda")
+def linears(x: Tensor, parts: Sequence[Part], norm: Tensor | None = None, eps: float = 0.0) -> list[Tensor]:
+    """Several linears of x [T, K], RMS-normalised first where there is a `norm` [K]: one [T, N] for each part."""
+    x = x if norm is None else rms_norm(x, norm, eps)
+    rounded = fp8_sim(x, WEIGHT_BLOCK) if any(part.quantised for part in parts) else x
+    return [linear(rounded if part.quantised else x, part.weight, part.scale, part.dtype) for part in parts]

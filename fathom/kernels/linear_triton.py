@@ -1,8 +1,9 @@
 """y = x W^T on a GPU for stored FP8, BF16 and float32 weights. Reference 4; the references are in `linear`.
 
 Two classes of results. In each a row has the same bits whatever other rows there are:
-  few    up to FEW rows: a program holds its whole tile of weights in registers, loaded before it waits for the kernel
-         before it, and multiplies in float32 without tensor cores. Every product is exact; only the sum rounds.
+  few    up to FEW rows: `linear_cuda`; where that lacks the form a program holds its whole tile of weights in
+         registers, loaded before it waits for the kernel before it, and multiplies in float32 without tensor cores.
+         Every product is exact; only the sum rounds.
   tiles  more rows: tensor cores, BF16 operands (exact: FP8 times a power of two), sums in float32 in the order of K.
          Rows in float32 are cut into three BF16 pieces, whose products are exact too.
 """
@@ -20,6 +21,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fathom.kernels.common_triton import PLAIN, fetch, from_e8m0, operand, options, power_of_two
+from fathom.kernels.linear import Part
+from fathom.kernels.linear_cuda import linears
 
 FEW = 64
 """Rows of the first class. A decode step stays below, a prefill call above: the caller pads."""
@@ -47,7 +50,8 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor | None, groups: int, dtype
     if not x.shape[0]:
         return x.new_empty((0, weight.shape[0]), dtype=dtype)
     if x.shape[0] <= FEW:
-        return few(x, weight, scale, groups, dtype)
+        out = linears(x, (Part(weight, scale, dtype=dtype),), groups=groups)
+        return few(x, weight, scale, groups, dtype) if out is NotImplemented else out[0]
     if weight.dtype == torch.float32 or weight.shape[1] % 64:
         return NotImplemented
     return tiles(x, weight, scale, groups, dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.kernels.attention import attend
+from fathom.kernels.linear import linears
 from fathom.model.batch import Tile
 from fathom.model.cache import LayerState
 from fathom.model.compressor import Compressor
@@ -19,6 +20,8 @@ from fathom.model.layers import GroupedLinear, Linear, Numerics, RMSNorm, rms
 from fathom.model.rope import rotate
 from fathom.model.step import Step
 
+IndexInput = tuple[Tensor, Tensor, Tensor]
+"""Index queries [T, h, d], values and gates of the index keys, weights of the heads [T, h]."""
 _GATHER_FROM = 8
 """Selected entries are gathered once there are this many times more of them than a query keeps; below, masked."""
 
@@ -45,35 +48,51 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, step: Step, state: LayerState) -> Tensor:
         """[T, D] -> [T, D]; `state` keeps the layer's rows between calls."""
-        operand = self.numerics.operand(x_TD)
-        latent = self.numerics.operand(self.q_norm(self.wq_a(operand)))
-        q_THC = self.wq_b(latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
-        kv_TC = self.wkv(operand)
-        attended = self._by_tile if step.batch.tiles else self._by_token
-        o_THC = attended(x_TD, latent, q_THC, kv_TC, step, state)
+        o_THC = (self._by_tile if step.batch.tiles else self._by_token)(x_TD, step, state)
         o_TGK = o_THC.flatten(1).unflatten(-1, (self.config.o_groups, -1))
-        return self.wo_b(self.numerics.operand(self.wo_a(o_TGK)))
+        return linears(self.wo_a(o_TGK), (self.wo_b.part(self.numerics.quantize),))[0]
 
-    def _by_tile(self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, step: Step, state: LayerState) -> Tensor:
+    def _by_tile(self, x: Tensor, step: Step, state: LayerState) -> Tensor:
         """[T, H, C]: pieces of sequences one after the other, each of any length."""
+        operand = self.numerics.operand(x)
+        latent = self.numerics.operand(self.q_norm(self.wq_a(operand)))
+        q = self.wq_b(latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
+        kv = self.wkv(operand)
         forth, back = step.turns(self.ratio)
         q = rotate(rms(q, self.config.rms_norm_eps), forth.unsqueeze(1))
         kv = self._stored(rotate(self.kv_norm(kv), forth))
         return rotate(torch.cat(list(self._tiles(x, latent, q, kv, step, state))), back.unsqueeze(1))
 
-    def _by_token(self, x: Tensor, latent: Tensor, q: Tensor, kv: Tensor, step: Step, state: LayerState) -> Tensor:
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, IndexInput | None]:
+        """Everything that is a product of the input x [T, D], in two launches where there are kernels for it.
+
+        Queries [T, H, C], rows [T, C], the compressor's values and gates (ratio 4, 128), what the indexer reads (4).
+        """
+        quantised, c = self.numerics.quantize, self.config
+        first = [self.wq_a.part(quantised), self.wkv.part(quantised)]
+        first += [self.compressor.part()] if self.ratio else []
+        first += [self.indexer.compressor.part(), self.indexer.weights_proj.part()] if self.ratio == 4 else []
+        latent, kv, *rest = linears(x, first)
+        second = [self.wq_b.part(quantised)]
+        second += [self.indexer.wq_b.part(quantised)] if self.ratio == 4 else []
+        q, *index_q = linears(latent, second, self.q_norm.weight, c.rms_norm_eps)
+        index = (index_q[0].unflatten(-1, (c.index_n_heads, -1)), rest[1], rest[2]) if index_q else None
+        return q.unflatten(-1, (c.num_attention_heads, -1)), kv, rest[0] if rest else None, index
+
+    def _by_token(self, x: Tensor, step: Step, state: LayerState) -> Tensor:
         """[T, H, C]: one token of every sequence, all at once, on a device that has the kernels for it."""
         from fathom.kernels import paged_triton as paged
 
         memory, eps, turn = state.paged(), self.config.rms_norm_eps, step.real_turns(self.ratio)
         where = paged.Where(step.batch.slots, step.batch.positions, memory.table)
         window, most = memory.ring("window"), memory.reach // max(self.ratio, 1)
+        q, kv, projected, index = self._projected(x)
         paged.keep(kv, self.kv_norm.weight, turn, window, where, eps, self.numerics.quantize)
         chosen = entries = None
-        if self.ratio:
-            entries = self.compressor.paged(x, step, memory, where, self.numerics.quantize)
-        if self.ratio == 4:
-            chosen = self.indexer.paged(x, latent, step, memory, where, most)
+        if projected is not None:
+            entries = self.compressor.paged(projected, step, memory, where, self.numerics)
+        if index is not None:
+            chosen = self.indexer.paged(*index, step, memory, where, most)
         q = paged.queries(q, turn, eps)
         size = self.config.sliding_window
         return paged.attend(q, window, entries, chosen, self.attn_sink, turn, where, self.ratio, size, most)

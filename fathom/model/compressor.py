@@ -7,17 +7,19 @@ Ratio 4 (CSA) pools overlapping windows of 8 tokens, ratio 128 (HCA) disjoint on
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fathom.config import ModelConfig
+from fathom.kernels.linear import Part
 from fathom.kernels.pool import overlap, pool
 from fathom.kernels.quant import hadamard_matrix
 from fathom.model.batch import Tile
 from fathom.model.cache import LayerState, Paged
-from fathom.model.layers import Linear, RMSNorm, both
+from fathom.model.layers import Linear, Numerics, RMSNorm, both, joined
 from fathom.model.rope import rotate
 from fathom.model.step import Step
 
@@ -37,21 +39,26 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.zeros(ratio, width))
         self.norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def paged(self, x: Tensor, step: Step, memory: Paged, where: Where, quantize: bool) -> Tensor:
+    def part(self) -> Part:
+        """The projections to values and gates without the slots' bias, in float32."""
+        part = joined(self.wkv, self.wgate) or Part(torch.cat((self.wkv.weight, self.wgate.weight)))
+        return replace(part, dtype=torch.float32)
+
+    def paged(self, projected: Tensor, step: Step, memory: Paged, where: Where, numerics: Numerics) -> Tensor:
         """One token of every sequence: kept, pooled where it closes its block; the store of entries [pages, n, dim]."""
         from fathom.kernels import paged_triton
 
-        projected, store = both(x.float(), self.wkv, self.wgate), memory.store(self.name)
+        store, quantize = memory.store(self.name), numerics.quantize
         turn, tail = step.real_turns(self.ratio, of_block=True), memory.ring(self.name)
         is_key, weight, eps = self.name == "indexer", self.norm.weight, self.norm.eps
-        mixer = hadamard_matrix(self.dim, x.dtype, x.device) if is_key and quantize else None
+        mixer = hadamard_matrix(self.dim, numerics.dtype, projected.device) if is_key and quantize else None
         rounded = quantize and not is_key
         paged_triton.compress(projected, self.ape, weight, turn, tail, store, where, self.ratio, eps, rounded, mixer)
         return store
 
     def projections(self, x: Tensor, positions: Tensor) -> Tensor:
         """Values and gate logits of each token, float32 [T, 2 * width]; the slot's bias goes on the gates only."""
-        projected = both(x.float(), self.wkv, self.wgate)
+        projected = both(x, self.wkv, self.wgate, torch.float32)
         projected[:, self.ape.shape[1] :] += self.ape[positions % self.ratio]
         return projected
 

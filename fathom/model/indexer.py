@@ -37,18 +37,22 @@ class Indexer(nn.Module):
         q = rotate(self.wq_b(latent).unflatten(-1, (self.heads, self.dim)), step.turns(4)[0].unsqueeze(1))
         return self.numerics.index(q), self._weights(x)
 
-    def paged(self, x: Tensor, latent: Tensor, step: Step, memory: Paged, where: Where, most: int) -> Tensor:
+    def paged(
+        self, q: Tensor, projected: Tensor, weights: Tensor, step: Step, memory: Paged, where: Where, most: int
+    ) -> Tensor:
         """One token of every sequence: the entries that each keeps, int32 [T, topk] in order, -1 behind the last."""
         from fathom.kernels import paged_triton
 
-        keys = self.compressor.paged(x, step, memory, where, self.numerics.quantize)
-        mixer = hadamard_matrix(self.dim, x.dtype, x.device) if self.numerics.quantize else None
-        q = self.wq_b(latent).unflatten(-1, (self.heads, self.dim))
+        keys = self.compressor.paged(projected, step, memory, where, self.numerics)
+        mixer = hadamard_matrix(self.dim, q.dtype, q.device) if self.numerics.quantize else None
         q = paged_triton.index_queries(q, step.real_turns(4), mixer)
-        return paged_triton.select(q, self._weights(x).float(), keys, where, self.topk, most)
+        return paged_triton.select(q, self._scaled(weights).float(), keys, where, self.topk, most)
 
     def _weights(self, x: Tensor) -> Tensor:
-        return self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)
+        return self._scaled(self.weights_proj(x))
+
+    def _scaled(self, weights: Tensor) -> Tensor:
+        return weights * (self.dim**-0.5 * self.heads**-0.5)
 
     def forward(self, tile: Tile, keys: Tensor, q: Tensor, weights: Tensor, visible: Tensor | None) -> Tensor | None:
         """The entries that each query keeps: keys [N, d], q [t, h, d], weights [t, h], visible [t, N] -> bool [t, N].

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fathom.kernels import quant
-from fathom.kernels.linear import grouped_linear, linear
+from fathom.kernels.linear import Part, grouped_linear, linear
 from fathom.kernels.norm import rms_norm
 from fathom.kernels.packed import Packed, pack, pack_all
 
@@ -78,16 +78,29 @@ class Linear(Packable):
     def _pack(self) -> Packed | list[Packed] | None:
         return pack(self.weight)
 
+    def part(self, quantised: bool = False) -> Part:
+        """As one of several linears of the same input; quantised: it reads that input rounded to e4m3."""
+        return Part(self.packed or self.weight, self.scale, quantised)
+
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out] in the dtype of x."""
         return linear(x, self.packed or self.weight, self.scale)
 
 
-def both(x: Tensor, first: Linear, second: Linear) -> Tensor:
+def both(x: Tensor, first: Linear, second: Linear, dtype: torch.dtype | None = None) -> Tensor:
     """Two linears of the same input, their outputs end to end: one product where they are packed or on a GPU."""
+    part = joined(first, second)
+    if part:
+        return linear(x, part.weight, part.scale, dtype)
+    x = x if dtype is None else x.to(dtype)
+    return torch.cat((first(x), second(x)), -1)
+
+
+def joined(first: Linear, second: Linear) -> Part | None:
+    """Two linears of the same input as one, kept with the first; None where they stay two."""
     if first.joined is None:
         first.joined = _joined(first, second) or False
-    return linear(x, *first.joined) if first.joined else torch.cat((first(x), second(x)), -1)
+    return Part(*first.joined) if first.joined else None
 
 
 def _joined(first: Linear, second: Linear) -> tuple[Packed | Tensor | None, ...] | None:

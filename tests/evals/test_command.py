@@ -60,7 +60,7 @@ def reciting(monkeypatch: pytest.MonkeyPatch) -> Reciter:
     codec = Codec.load(FOLDER)
     engine = Reciter(codec, [t for name in SKILLS for level in (1, 2, 3) for t in held_out(name, level, 3, 0)])
     end = codec.tokenizer.added["</think>"]
-    monkeypatch.setattr(command, "_open", lambda model, threads: (Chat(engine, codec), end))
+    monkeypatch.setattr(command, "_open", lambda *_: (Chat(engine, codec), end))
     return engine
 
 

@@ -146,7 +146,7 @@ def forgotten(call: str) -> list[dict[str, Any]]:
             "function": {"name": "get_weather", "arguments": '{"city": "Paris", "days": 2}'},
         }
     ]
-    return [user("Weather?"), said("", tool_calls=calls), result(call, "18C")]
+    return [user("What is it like outside, and who still knows why?"), said("", tool_calls=calls), result(call, "18C")]
 
 
 def test_case_31_missing_reasoning_is_an_empty_block(site: Site) -> None:

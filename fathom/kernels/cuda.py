@@ -1,0 +1,108 @@
+"""CUDA C++ kernels: compiled at first use by NVRTC (torch brings it, no toolkit is needed), launched by the driver.
+
+Used where Triton measures clearly worse: it has no say in which thread holds what of a product's operands. Every launch
+is a programmatic dependent one, as those of Triton are (rules: `common_triton`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class KernelError(RuntimeError):
+    """A kernel that does not compile or cannot be launched; says why."""
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+class Kernel:
+    """A compiled function of one device."""
+
+    def __init__(self, function: ctypes.c_void_p) -> None:
+        self._function = function
+
+    def __call__(self, grid: tuple[int, int], threads: int, device: torch.device, *arguments: Any) -> None:
+        """Launch on the device's current stream; arguments are ctypes values, in the order of the parameters."""
+        attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1, b"")
+        stream = torch.cuda.current_stream(device).cuda_stream
+        config = _Config((*grid, 1), (threads, 1, 1), 0, stream, ctypes.pointer(attribute), 1)
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        _checked(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "launch")
+
+
+@lru_cache(maxsize=256)
+def kernel(file: str, name: str, device: torch.device, **constants: int) -> Kernel:
+    """Function `name` of a source file beside this one, with `constants` defined. Raises KernelError."""
+    major, minor = torch.cuda.get_device_capability(device)
+    options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major >= 9 else ''}", "--std=c++17"]
+    code = compiled(
+        Path(__file__).with_name(file).read_text(), [*options, *(f"-D{k}={v}" for k, v in constants.items())]
+    )
+    torch.cuda.current_stream(device)  # the device's context is made by now
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.device(device):
+        _checked(_driver().cuModuleLoadData(ctypes.byref(module), code), f"load {file}")
+    _checked(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"find {name} in {file}")
+    return Kernel(function)
+
+
+def compiled(source: str, options: Sequence[str]) -> bytes:
+    """Machine code of a source. Raises KernelError with the compiler's first lines."""
+    nvrtc, program, size = _nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
+    flags = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), flags)
+    kind = "ProgramLog" if failed else "CUBIN"
+    getattr(nvrtc, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{kind}")(program, text)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    if failed:
+        raise KernelError("NVRTC: " + " ".join(text.value.decode(errors="replace").split("\n")[:3]))
+    return text.raw
+
+
+def _checked(status: int, what: str) -> None:
+    if status:
+        raise KernelError(f"CUDA driver error {status}: {what}")
+
+
+@lru_cache(maxsize=1)
+def _driver() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+@lru_cache(maxsize=1)
+def _nvrtc() -> Any:
+    """The library of torch's CUDA, wherever its wheels or the system keep it. Raises KernelError."""
+    major = (torch.version.cuda or "").split(".")[0]
+    packages = Path(torch.__file__).parent.parent / "nvidia"
+    found = [*packages.glob(f"*/lib/libnvrtc.so.{major}"), f"libnvrtc.so.{major}"]
+    for path in found:
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    raise KernelError(f"NVRTC of CUDA {major or '(none: this torch has no CUDA)'} was not found")

@@ -1,0 +1,80 @@
+"""Several linears in one launch on a GPU, against float64 and against themselves alone."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from fathom.kernels.linear import Part
+from fathom.kernels.linear_cuda import linears
+from fathom.kernels.quant import dequantize_fp8, fp8_sim, quantize_fp8
+from fathom.kernels.testing import error, poisoned
+
+pytestmark = pytest.mark.gpu
+TOLERANCE, EXACT = 2e-3, 2e-6
+FIVE = ((1024, "quantised"), (512, "quantised"), (2048, "wide"), (512, "wide"), (64, "bf16"))
+"""The products of a CSA layer's input."""
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).cuda()
+
+
+def part(n: int, k: int, kind: str, seed: int) -> tuple[Part, Tensor]:
+    """A part, and its weight as float64. Scales differ from block to block."""
+    weight = rand(n, k, seed=seed) * rand(n, k, seed=seed + 1).exp2()
+    if kind in ("wide", "bf16"):
+        w = weight.bfloat16()
+        return Part(w, dtype=torch.float32 if kind == "wide" else None), w.double()
+    w, scale = quantize_fp8(weight)
+    return Part(w, scale, quantised=kind == "quantised"), dequantize_fp8(w, scale).double()
+
+
+def reference(x: Tensor, weight: Tensor, quantised: bool, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+    v = x.float()
+    if norm is not None:
+        v = (v * (v * v).mean(-1, keepdim=True).add(eps).rsqrt() * norm.float()).bfloat16().float()
+    return (fp8_sim.__wrapped__(v, 128) if quantised else v).double() @ weight.T
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 11, 32, 64])
+@pytest.mark.parametrize("k", [128, 384, 1024, 4096, 7168])
+def test_parts_of_all_forms(rows: int, k: int) -> None:
+    parts = [part(n, k, kind, 10 * i) for i, (n, kind) in enumerate(FIVE)]
+    x = rand(rows, k, seed=5).bfloat16() * 3
+    with poisoned():
+        got = linears(x, [p for p, _ in parts])
+    for y, (p, weight) in zip(got, parts, strict=True):
+        want = reference(x, weight, p.quantised)
+        assert y.dtype == (p.dtype or torch.bfloat16)
+        assert error(y, want) < (EXACT if y.dtype == torch.float32 else TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+def test_normalised_and_quantised_inside(rows: int) -> None:
+    parts = [part(n, 1024, "quantised", n) for n in (16384, 8192)]
+    x, norm = rand(rows, 1024, seed=3).bfloat16(), rand(1024, seed=4).bfloat16()
+    with poisoned():
+        got = linears(x, [p for p, _ in parts], norm, 1e-6)
+    for y, (_, weight) in zip(got, parts, strict=True):
+        assert error(y, reference(x, weight, True, norm, 1e-6)) < TOLERANCE
+
+
+@pytest.mark.parametrize("rows", [1, 8, 33])
+def test_groups_have_their_own_columns(rows: int) -> None:
+    (p, weight), groups, k = part(4096, 4096, "as it is", 1), 4, 4096
+    x = rand(rows, groups * k, seed=2).bfloat16()
+    (y,) = linears(x, (p,), groups=groups)
+    want = torch.einsum("tgk,gnk->tgn", x.double().unflatten(1, (groups, k)), weight.unflatten(0, (groups, -1)))
+    assert error(y, want.flatten(1)) < TOLERANCE
+
+
+def test_a_row_has_the_same_bits_in_any_company() -> None:
+    parts = [part(n, 4096, kind, 10 * i)[0] for i, (n, kind) in enumerate(FIVE)]
+    x, draw = rand(64, 4096, seed=5).bfloat16(), random.Random(0)
+    alone = [torch.cat(rows) for rows in zip(*(linears(x[i : i + 1], parts) for i in range(64)), strict=True)]
+    for _ in range(20):
+        chosen = draw.sample(range(64), draw.randint(2, 64))
+        for y, own in zip(linears(x[chosen], parts), alone, strict=True):
+            assert torch.equal(y, own[chosen])
