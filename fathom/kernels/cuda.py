@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+DEPENDENT = True
+"""Whether launches may begin before the kernel before them has ended."""
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
@@ -47,7 +49,7 @@ class Kernel:
         """Launch on the device's current stream; arguments are ctypes values, in the order of the parameters."""
         attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1, b"")
         stream = torch.cuda.current_stream(device).cuda_stream
-        config = _Config((*grid, 1), (threads, 1, 1), 0, stream, ctypes.pointer(attribute), 1)
+        config = _Config((*grid, 1), (threads, 1, 1), 0, stream, ctypes.pointer(attribute), int(DEPENDENT))
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         _checked(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "launch")
 

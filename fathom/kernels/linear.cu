@@ -12,8 +12,6 @@
 // NT      rows of x at once, in eights
 // ROOM    pieces of 64 bytes of two rows of W that a thread's registers hold at once, an even number
 // FIT     blocks that are to fit into a multiprocessor
-// QUANT   quantise x here, up to so many rows; 0: it comes quantised
-// NORM    normalise x first
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -73,54 +71,6 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 }
 
 __device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
-
-// The sum of v over a block, the same in every thread.
-__device__ __forceinline__ float block_sum(float v, float* room) {
-    for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(~0u, v, d);
-    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = v;
-    __syncthreads();
-    float all = 0;
-    for (int i = 0; i < WARPS; i++) all += room[i];
-    __syncthreads();
-    return all;
-}
-
-// Rows of BF16 x as e4m3 with a scale per 128, normalised first if NORM.
-__device__ void quantise(const u16* x, const u16* norm, float eps, int rows, u8* xq, float* xs, float* room) {
-    for (int t = 0; t < rows; t++) {
-        float factor = 1;
-        if (NORM) {
-            float squares = 0;
-            for (int i = threadIdx.x * 8; i < K; i += THREADS * 8) {
-                const uint4 raw = *(const uint4*)(x + t * K + i);
-                for (int e = 0; e < 8; e++) {
-                    const float v = bf16(word(raw, e / 2) >> (e % 2 * 16) & 0xffff);
-                    squares += v * v;
-                }
-            }
-            factor = __fdiv_rn(1.0f, __fsqrt_rn(block_sum(squares, room) / K + eps));
-        }
-        for (int i = threadIdx.x * 8; i < K; i += THREADS * 8) {
-            uint4 raw = *(const uint4*)(x + t * K + i);
-            float v[8], most = 0;
-            for (int e = 0; e < 8; e++) {
-                v[e] = bf16(word(raw, e / 2) >> (e % 2 * 16) & 0xffff);
-                if (NORM) v[e] = bf16(to_bf16(v[e] * factor * bf16(norm[i + e])));
-                most = fmaxf(most, fabsf(v[e]));
-            }
-            for (int d = 8; d; d >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
-            u32 bits = (__float_as_uint(__fdiv_rn(fmaxf(most, 1e-4f), 448.0f)) + 0x7fffff) & 0x7f800000;
-            float inverse = __uint_as_float(0x7f000000 - bits);
-            u16 pair[4];
-            for (int e = 0; e < 4; e++)
-                asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
-                    : "=h"(pair[e]) : "f"(v[2 * e + 1] * inverse), "f"(v[2 * e] * inverse));
-            *(uint2*)(xq + t * K + i) = make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
-            if (threadIdx.x % 16 == 0) xs[t * (K / 128) + i / 128] = __uint_as_float(bits);
-        }
-    }
-    __syncthreads();
-}
 
 // A warp's part of 16 rows of e4m3 times the columns of x: 128 of them are 2 pieces of 64, which are 4 products each.
 template <bool QUANTISED_X>
@@ -205,12 +155,9 @@ __device__ __forceinline__ void load(uint4 (&top)[ROOM], uint4 (&low)[ROOM], con
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
-    const Parts parts, const u16* x, const u8* given, const float* given_scales, const u16* norm, float eps, int total,
-    int stride, int per_group
+    const Parts parts, const u16* x, const u8* quantised, const float* scales, int total, int stride, int per_group
 ) {
     __shared__ float sums[WARPS][16][NT * 8 + 1];
-    __shared__ __align__(16) u8 own[QUANT ? QUANT * K : 16];
-    __shared__ float own_scales[QUANT ? QUANT * (K / 128) : 1];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     int of = 0;
     while (of + 1 < PARTS && blockIdx.x >= parts.of[of + 1].first) of++;
@@ -229,12 +176,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const int t0 = blockIdx.y * NT * 8, rows = min(total - t0, NT * 8);
     const u16* from = x + (long long)t0 * stride + (long long)(row / per_group) * K;
-    const u8* xq = given + (long long)t0 * K;
-    const float* xs = given_scales + t0 * (K / 128);
-    if (QUANT && part.kind == QUANTISED) {
-        quantise(from, norm, eps, rows, own, own_scales, &sums[0][0][0]);
-        xq = own, xs = own_scales;
-    }
+    const u8* xq = quantised + (long long)t0 * K;
+    const float* xs = scales + t0 * (K / 128);
     float sum[NT][4] = {};
     for (int piece = 0; piece < pieces; piece += ROOM) {
         if (piece) load(top, low, w, step, piece, pieces);

@@ -19,10 +19,6 @@ from fathom.kernels.norm import rms_norm
 
 MOST = 64
 """Rows up to which this is meant; a decode step stays below."""
-_OWN = 4
-"""Rows up to which a block quantises x itself: a launch less, but everybody does it again."""
-_WIDEST = 8192
-"""Columns of those rows: they lie in shared memory."""
 _QUANTISED, _EIGHT, _SIXTEEN = range(3)
 _RESULTS = (None, torch.bfloat16, torch.float32)
 
@@ -41,23 +37,21 @@ def linears(x: Tensor, parts: Sequence[Part], norm: Tensor | None = None, eps: f
     kinds, columns = [_kind(part) for part in parts], x.shape[1] // groups
     if len(weights) < len(parts) or None in kinds or columns % 128 or not _is_for(x):
         return NotImplemented
-    if norm is not None and (norm.dtype != torch.bfloat16 or any(kind != _QUANTISED for kind in kinds)):
-        return NotImplemented
-    x, given, quant = _input(x.contiguous(), kinds, norm, eps)
+    x = x.contiguous() if norm is None else rms_norm(x, norm, eps)
+    given = _input(x, kinds)
     out = [
         torch.empty((x.shape[0], w.shape[0]), dtype=p.dtype or x.dtype, device=x.device)
         for p, w in zip(parts, weights, strict=True)
     ]
     described, blocks = _described(parts, kinds, out)
-    warps, tiles = _warps(columns), 1 if x.shape[0] <= 8 else 2 if x.shape[0] <= 16 else 4
+    warps, tiles, room, fit = shape(columns, x.shape[0])
     run = kernel(
-        "linear.cu", "few", x.device, K=columns, WARPS=warps, NT=tiles, ROOM=8 if tiles == 1 else 4, QUANT=quant,
-        NORM=int(quant > 0 and norm is not None), PARTS=len(parts), FIT=16 // warps,
+        "linear.cu", "few", x.device, K=columns, WARPS=warps, NT=tiles, ROOM=room, PARTS=len(parts), FIT=fit
     )  # fmt: skip
     per_group = weights[0].shape[0] // groups if groups > 1 else 1 << 30
     run(
-        (blocks, -(-x.shape[0] // (8 * tiles))), 32 * warps, x.device, described, *map(_pointer, (x, *given, norm)),
-        ctypes.c_float(eps), *(ctypes.c_int(n) for n in (*x.shape, per_group)),
+        (blocks, -(-x.shape[0] // (8 * tiles))), 32 * warps, x.device, described, *map(_pointer, (x, *given)),
+        *(ctypes.c_int(n) for n in (*x.shape, per_group)),
     )  # fmt: skip
     return out
 
@@ -77,15 +71,13 @@ def _kind(part: Part) -> int | None:
     return _SIXTEEN if weight.dtype == torch.bfloat16 and scale is None and not part.quantised else None
 
 
-def _input(x: Tensor, kinds: Sequence[int | None], norm: Tensor | None, eps: float) -> tuple[Tensor, Any, int]:
-    """x, its quantised form where it is made by a launch of its own, and up to how many rows the kernel makes it."""
+def _input(x: Tensor, kinds: Sequence[int | None]) -> tuple[Tensor | None, Tensor | None]:
+    """The quantised form of x and its scales, where a part reads them."""
     if _QUANTISED not in kinds:
-        return x, (None, None), 0
-    if x.shape[0] <= _OWN and x.shape[1] <= _WIDEST:
-        return x, (None, None), 1 if x.shape[0] == 1 else _OWN
+        return None, None
     from fathom.kernels.quant_triton import quantise
 
-    return x, quantise(x if norm is None else rms_norm(x, norm, eps)), 0
+    return quantise(x)
 
 
 def _described(parts: Sequence[Part], kinds: Sequence[int | None], out: Sequence[Tensor]) -> tuple[Any, int]:
@@ -103,6 +95,8 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _warps(columns: int) -> int:
-    """Warps that share a row's columns, a multiple of 128 each: 512 columns or less each, where there are more."""
-    return next(w for w in ((8, 4, 2, 1) if columns > 2048 else (4, 2, 1)) if columns % (128 * w) == 0)
+def shape(columns: int, rows: int) -> tuple[int, int, int, int]:
+    """Warps that share a row's columns, eights of rows, pieces in registers, blocks of a multiprocessor."""
+    warps = next(w for w in ((8, 4, 2, 1) if columns > 2048 else (4, 2, 1)) if columns % (128 * w) == 0)
+    tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
+    return warps, tiles, 8 if tiles == 1 else 4, 16 // warps

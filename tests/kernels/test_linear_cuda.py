@@ -18,7 +18,7 @@ FIVE = ((1024, "quantised"), (512, "quantised"), (2048, "wide"), (512, "wide"), 
 
 
 def rand(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).cuda()
+    return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
 
 
 def part(n: int, k: int, kind: str, seed: int) -> tuple[Part, Tensor]:
@@ -38,8 +38,7 @@ def reference(x: Tensor, weight: Tensor, quantised: bool, norm: Tensor | None = 
     return (fp8_sim.__wrapped__(v, 128) if quantised else v).double() @ weight.T
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 11, 32, 64])
-@pytest.mark.parametrize("k", [128, 384, 1024, 4096, 7168])
+@pytest.mark.parametrize(("rows", "k"), [(1, 128), (5, 384), (8, 1024), (1, 4096), (11, 4096), (64, 4096), (32, 7168)])
 def test_parts_of_all_forms(rows: int, k: int) -> None:
     parts = [part(n, k, kind, 10 * i) for i, (n, kind) in enumerate(FIVE)]
     x = rand(rows, k, seed=5).bfloat16() * 3
@@ -51,7 +50,7 @@ def test_parts_of_all_forms(rows: int, k: int) -> None:
         assert error(y, want) < (EXACT if y.dtype == torch.float32 else TOLERANCE)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+@pytest.mark.parametrize("rows", [1, 40])
 def test_normalised_and_quantised_inside(rows: int) -> None:
     parts = [part(n, 1024, "quantised", n) for n in (16384, 8192)]
     x, norm = rand(rows, 1024, seed=3).bfloat16(), rand(1024, seed=4).bfloat16()
@@ -61,7 +60,7 @@ def test_normalised_and_quantised_inside(rows: int) -> None:
         assert error(y, reference(x, weight, True, norm, 1e-6)) < TOLERANCE
 
 
-@pytest.mark.parametrize("rows", [1, 8, 33])
+@pytest.mark.parametrize("rows", [1, 33])
 def test_groups_have_their_own_columns(rows: int) -> None:
     (p, weight), groups, k = part(4096, 4096, "as it is", 1), 4, 4096
     x = rand(rows, groups * k, seed=2).bfloat16()
@@ -74,7 +73,7 @@ def test_a_row_has_the_same_bits_in_any_company() -> None:
     parts = [part(n, 4096, kind, 10 * i)[0] for i, (n, kind) in enumerate(FIVE)]
     x, draw = rand(64, 4096, seed=5).bfloat16(), random.Random(0)
     alone = [torch.cat(rows) for rows in zip(*(linears(x[i : i + 1], parts) for i in range(64)), strict=True)]
-    for _ in range(20):
+    for _ in range(8):
         chosen = draw.sample(range(64), draw.randint(2, 64))
         for y, own in zip(linears(x[chosen], parts), alone, strict=True):
             assert torch.equal(y, own[chosen])
