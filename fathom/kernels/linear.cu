@@ -131,12 +131,13 @@ __device__ __forceinline__ void eight(
 
 // The same for BF16 weights: 16 bytes are 8 columns, a piece is 32.
 __device__ __forceinline__ void sixteen(
-    float (&sum)[NT][4], const uint4 (&top)[ROOM], const uint4 (&low)[ROOM], int begin, int piece0, const u16* x,
-    int stride, int rows
+    float (&sum)[NT][4], const uint4 (&top)[ROOM], const uint4 (&low)[ROOM], int begin, int piece0, int pieces,
+    const u16* x, int stride, int rows
 ) {
     const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
 #pragma unroll
     for (int p = 0; p < ROOM; p++) {
+        if (piece0 + p >= pieces) break;
         const int at = begin + (piece0 + p) * 32 + j * 8;
 #pragma unroll
         for (int n = 0; n < NT; n++) {
@@ -159,9 +160,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
 ) {
     __shared__ float sums[WARPS][16][NT * 8 + 1];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    int of = 0;
-    while (of + 1 < PARTS && blockIdx.x >= parts.of[of + 1].first) of++;
-    const Part part = parts.of[of];
+    Part part = parts.of[0];
+#pragma unroll
+    for (int i = 1; i < PARTS; i++)  // an index that is not constant would put all parts on the stack
+        if (blockIdx.x >= parts.of[i].first) part = parts.of[i];
     const int row = (blockIdx.x - part.first) * 16, warp = threadIdx.x / 32;
     const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4, begin = warp * OWN;
     const int size = part.kind == SIXTEEN ? 2 : 1, pieces = OWN * size / 64;
@@ -183,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
         if (piece) load(top, low, w, step, piece, pieces);
         if (part.kind == QUANTISED) eight<true>(sum, top, low, ws, begin, piece, xq, xs, from, stride, rows);
         else if (part.kind == EIGHT) eight<false>(sum, top, low, ws, begin, piece, xq, xs, from, stride, rows);
-        else sixteen(sum, top, low, begin, piece, from, stride, rows);
+        else sixteen(sum, top, low, begin, piece, pieces, from, stride, rows);
     }
 #pragma unroll
     for (int n = 0; n < NT; n++)
