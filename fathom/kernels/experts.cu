@@ -1,0 +1,198 @@
+// FP4 experts for the few tokens of a step, on Hopper's FP8 tensor cores. Reference 2.10 and 4; the launcher and the
+// contract are in experts_cuda.py.
+//
+// A block has 64 rows of one expert and all the pairs (token, expert) that chose it, eight at a time: weights are the
+// rows of the products, pairs their columns. FP4 becomes e4m3 by table (exactly; 7 operations for 8 weights), activations
+// are e4m3 already. A product sums 32 columns, which is one scale of a row; scales are applied to its result, so what the
+// tensor cores round is far below float32's use. A pair's result does not know what else is in the batch.
+//
+// K       columns; a multiple of 128 * GROUPS
+// GROUPS  groups of four warps, which share out the columns
+// ROOM    chunks of 128 columns of two rows that a thread's registers hold at once
+// UP      1: gate and up rows, joined by SwiGLU (BF16 [P, N]); 0: down (float32 [P, N])
+// TOP     experts a token
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int THREADS = GROUPS * 128, OWN = K / GROUPS, CHUNKS = OWN / 128, PAIRS = 8, MOST = 512;
+
+struct Words { u32 of[2][4]; };  // of rows g and g + 8: a word of each of the chunk's four scales
+
+__device__ __forceinline__ u32 fetch(const u8* p) {
+    u32 v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ float exponent(u32 byte) { return __uint_as_float(byte << 23); }
+
+// Weights 0..3 and 4..7 of a word as e4m3: magnitudes by table, signs stand where they belong (`words`).
+__device__ __forceinline__ void unpack(u32 word, u32& low, u32& high) {
+    const u32 m = word & 0x77777777u;
+    low = __byte_perm(0x3c383000u, 0x4c484440u, m) | (word & 0x80808080u);
+    high = __byte_perm(0x3c383000u, 0x4c484440u, m >> 16) | ((word << 4) & 0x80808080u);
+}
+
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 0, 1, 1;"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// Where 16 bytes of 8 columns lie one after the other, and 128 bytes further the next 16 of K.
+__device__ __forceinline__ u64 described(const u8* x) {
+    const u32 at = (u32)__cvta_generic_to_shared(x);
+    return (u64)(at >> 4 & 0x3fff) | (u64)(128 >> 4) << 16 | (u64)(128 >> 4) << 32;
+}
+
+// The pairs that chose the expert of pair `own`, in order; none if an earlier one did, whose block does the work.
+__device__ int company(const int* chosen, int total, int own, int* list) {
+    if (total <= TOP) {
+        if (threadIdx.x == 0) list[0] = own;
+        __syncthreads();
+        return 1;
+    }
+    __shared__ int counts[MOST / 32];
+    const int expert = chosen[own];
+    for (int i = threadIdx.x; i < MOST; i += THREADS) {
+        const bool same = i < total && chosen[i] == expert;
+        const u32 mask = __ballot_sync(~0u, same);
+        if (threadIdx.x % 32 == 0) counts[i / 32] = mask;
+    }
+    __syncthreads();
+    int before = 0, all = 0;
+    for (int i = 0; i < MOST / 32; i++) {
+        if (i * 32 <= own) before += __popc(counts[i] & (own - i * 32 >= 32 ? ~0u : (1u << (own - i * 32)) - 1));
+        const int bit = threadIdx.x;
+        if (bit < 32 && (counts[i] >> bit & 1)) list[all + __popc(counts[i] & ((1u << bit) - 1))] = i * 32 + bit;
+        all += __popc(counts[i]);
+    }
+    __syncthreads();
+    return before ? 0 : all;
+}
+
+// e4m3 rows of x into shared memory: of 32 columns the first four of each eight, then the others.
+__device__ void place(u8* to, float* factors, const u8* x, const float* scales, const int* list, int count) {
+    for (int i = threadIdx.x; i < PAIRS * (K / 32); i += THREADS) {
+        const int n = i % PAIRS, group = i / PAIRS;
+        uint4 a = make_uint4(0, 0, 0, 0), b = a;
+        if (n < count) {
+            const uint4* from = (const uint4*)(x + (long long)(list[n] / (UP ? TOP : 1)) * K + group * 32);
+            a = from[0], b = from[1];
+        }
+        *(uint4*)(to + group * 256 + n * 16) = make_uint4(a.x, a.z, b.x, b.z);
+        *(uint4*)(to + group * 256 + 128 + n * 16) = make_uint4(a.y, a.w, b.y, b.w);
+    }
+    for (int i = threadIdx.x; i < PAIRS * (K / 128); i += THREADS) {
+        const int n = i % PAIRS, group = i / PAIRS;
+        factors[i] = n < count ? scales[(list[n] / (UP ? TOP : 1)) * (K / 128) + group] : 0.0f;
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, FIT) experts(
+    const u8* weights, const u8* exponents, const u8* x, const float* scales, const int* chosen, const float* shares,
+    void* out, int total, int rows, float limit
+) {
+    __shared__ __align__(128) u8 xs[PAIRS * K];
+    __shared__ float factors[PAIRS * (K / 128)];
+    __shared__ float parts[GROUPS > 1 ? GROUPS - 1 : 1][128][4];
+    __shared__ int list[MOST];
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const int own = blockIdx.y, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
+    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+    const int count = company(chosen, total, own, list);
+    if (!count) return;
+    // Gate rows stand beside their up rows, half of the matrix further.
+    const long long height = UP ? 2 * rows : rows, top = (long long)chosen[own] * height;
+    const long long row = top + (UP ? blockIdx.x * 32 + warp * 8 + g : blockIdx.x * 64 + warp * 16 + g);
+    const long long far = UP ? rows : 8;
+    const u8* w = weights + row * (K / 2) + group * (OWN / 2) + j * 4;
+    const u8* s = exponents + row * (K / 32) + group * (OWN / 32);
+    for (int first = 0; first < count; first += PAIRS) {
+        const int now = min(PAIRS, count - first);
+        float sum[4] = {};
+        Words held[ROOM];
+        u32 power[ROOM][2];
+        bool placed = false;
+        for (int begin = 0; begin < CHUNKS; begin += ROOM) {
+#pragma unroll
+            for (int c = 0; c < ROOM; c++)
+                if (begin + c < CHUNKS) {
+#pragma unroll
+                    for (int side = 0; side < 2; side++) {
+                        const u8* from = w + side * far * (K / 2) + (begin + c) * 64;
+#ifdef WIDE
+                        const uint4 v = *(const uint4*)(from + j * 12);
+                        held[c].of[side][0] = v.x, held[c].of[side][1] = v.y, held[c].of[side][2] = v.z, held[c].of[side][3] = v.w;
+#else
+#pragma unroll
+                        for (int m = 0; m < 4; m++) held[c].of[side][m] = fetch(from + m * 16);
+#endif
+                        power[c][side] = fetch(s + side * far * (K / 32) + (begin + c) * 4);
+                    }
+                }
+            if (!placed) place(xs, factors, x, scales, list + first, now), placed = true;
+#pragma unroll
+            for (int c = 0; c < ROOM; c++) {
+                if (begin + c >= CHUNKS) break;
+                const int chunk = group * CHUNKS + begin + c;
+                u32 a[4][4];
+                float d[4][4];
+#pragma unroll
+                for (int m = 0; m < 4; m++) {
+                    unpack(held[c].of[0][m], a[m][0], a[m][2]);
+                    unpack(held[c].of[1][m], a[m][1], a[m][3]);
+                }
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int m = 0; m < 4; m++) multiply(d[m], a[m], described(xs + (chunk * 4 + m) * 256));
+                asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+                for (int m = 0; m < 4; m++)  // nothing may read the results above the wait
+#pragma unroll
+                    for (int i = 0; i < 4; i++) asm volatile("" : "+f"(d[m][i])::"memory");
+                const float2 f = *(const float2*)(factors + chunk * PAIRS + 2 * j);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float part = 0;
+#pragma unroll
+                    for (int m = 0; m < 4; m++) part += d[m][i] * exponent(power[c][i / 2] >> 8 * m & 0xff);
+                    sum[i] += part * (i % 2 ? f.y : f.x);
+                }
+            }
+        }
+        if (group) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) parts[group - 1][threadIdx.x % 128][i] = sum[i];
+        }
+        __syncthreads();
+        if (!group) {
+            for (int other = 0; other < GROUPS - 1; other++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) sum[i] += parts[other][threadIdx.x][i];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int n = 2 * j + i;
+                if (n >= now) continue;
+                const long long pair = list[first + n];
+                if (UP) {
+                    const float a = fminf(sum[i], limit), b = fminf(fmaxf(sum[2 + i], -limit), limit);
+                    const float y = __fdiv_rn(a, 1.0f + __expf(-a)) * b * shares[pair];
+                    u16 bits;
+                    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(y));
+                    ((u16*)out)[pair * rows + blockIdx.x * 32 + warp * 8 + g] = bits;
+                } else {
+                    float* to = (float*)out + pair * rows + blockIdx.x * 64 + warp * 16 + g;
+                    to[0] = sum[i], to[8] = sum[2 + i];
+                }
+            }
+        }
+        __syncthreads();
+    }
+}
