@@ -6,9 +6,10 @@
 // are e4m3 already. A product sums 32 columns, which is one scale of a row; scales are applied to its result, so what the
 // tensor cores round is far below float32's use. A pair's result does not know what else is in the batch.
 //
-// K       columns; a multiple of 128 * GROUPS
-// GROUPS  groups of four warps, which share out the columns
+// K       columns; a multiple of 128
+// GROUPS  groups of four warps: 2 have half of the columns each; 1 sums the halves in the same order
 // ROOM    chunks of 128 columns of two rows that a thread's registers hold at once
+// FIT     blocks that are to fit into a multiprocessor
 // UP      1: gate and up rows, joined by SwiGLU (BF16 [P, N]); 0: down (float32 [P, N])
 // TOP     experts a token
 
@@ -17,15 +18,22 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int THREADS = GROUPS * 128, OWN = K / GROUPS, CHUNKS = OWN / 128, PAIRS = 8, MOST = 512;
+constexpr int THREADS = GROUPS * 128, CHUNKS = K / 128, HALF = (CHUNKS + 1) / 2, PAIRS = 8, MOST = 512;
 
-struct Words { u32 of[2][4]; };  // of rows g and g + 8: a word of each of the chunk's four scales
+// A chunk of rows g and g + 8: 32 weights each, a word of each of four scales (`words`), and these scales.
+struct Chunk { uint4 of[2]; u32 scales[2]; };
 
-__device__ __forceinline__ u32 fetch(const u8* p) {
-    u32 v;
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
+__device__ __forceinline__ void load(Chunk& to, const u8* w, const u8* s, long long far, int chunk) {
+#pragma unroll
+    for (int side = 0; side < 2; side++) {
+        const u8* from = w + side * far * (K / 2) + chunk * 64;
+        asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(to.of[side].x), "=r"(to.of[side].y), "=r"(to.of[side].z), "=r"(to.of[side].w) : "l"(from));
+        asm volatile("ld.global.u32 %0, [%1];" : "=r"(to.scales[side]) : "l"(s + side * far * (K / 32) + chunk * 4));
+    }
 }
+
+__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 __device__ __forceinline__ float exponent(u32 byte) { return __uint_as_float(byte << 23); }
 
@@ -74,21 +82,19 @@ __device__ int company(const int* chosen, int total, int own, int* list) {
     return before ? 0 : all;
 }
 
-// e4m3 rows of x into shared memory: of 32 columns the first four of each eight, then the others.
+// e4m3 rows of x into shared memory: of 32 columns the first four of each eight, then the others. What columns hold that
+// are nobody's does not matter: nobody reads their results.
 __device__ void place(u8* to, float* factors, const u8* x, const float* scales, const int* list, int count) {
-    for (int i = threadIdx.x; i < PAIRS * (K / 32); i += THREADS) {
-        const int n = i % PAIRS, group = i / PAIRS;
-        uint4 a = make_uint4(0, 0, 0, 0), b = a;
-        if (n < count) {
-            const uint4* from = (const uint4*)(x + (long long)(list[n] / (UP ? TOP : 1)) * K + group * 32);
-            a = from[0], b = from[1];
-        }
+    for (int i = threadIdx.x; i < count * (K / 32); i += THREADS) {
+        const int n = i / (K / 32), group = i % (K / 32);
+        const uint4* from = (const uint4*)(x + (long long)(list[n] / (UP ? TOP : 1)) * K + group * 32);
+        const uint4 a = from[0], b = from[1];
         *(uint4*)(to + group * 256 + n * 16) = make_uint4(a.x, a.z, b.x, b.z);
         *(uint4*)(to + group * 256 + 128 + n * 16) = make_uint4(a.y, a.w, b.y, b.w);
     }
-    for (int i = threadIdx.x; i < PAIRS * (K / 128); i += THREADS) {
-        const int n = i % PAIRS, group = i / PAIRS;
-        factors[i] = n < count ? scales[(list[n] / (UP ? TOP : 1)) * (K / 128) + group] : 0.0f;
+    for (int i = threadIdx.x; i < count * CHUNKS; i += THREADS) {
+        const int n = i / CHUNKS, chunk = i % CHUNKS;
+        factors[chunk * PAIRS + n] = scales[(list[n] / (UP ? TOP : 1)) * CHUNKS + chunk];
     }
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
@@ -100,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FIT) experts(
 ) {
     __shared__ __align__(128) u8 xs[PAIRS * K];
     __shared__ float factors[PAIRS * (K / 128)];
-    __shared__ float parts[GROUPS > 1 ? GROUPS - 1 : 1][128][4];
+    __shared__ float parts[128][4];
     __shared__ int list[MOST];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -112,43 +118,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, FIT) experts(
     const long long height = UP ? 2 * rows : rows, top = (long long)chosen[own] * height;
     const long long row = top + (UP ? blockIdx.x * 32 + warp * 8 + g : blockIdx.x * 64 + warp * 16 + g);
     const long long far = UP ? rows : 8;
-    const u8* w = weights + row * (K / 2) + group * (OWN / 2) + j * 4;
-    const u8* s = exponents + row * (K / 32) + group * (OWN / 32);
+    const u8* w = weights + row * (K / 2) + j * 16;
+    const u8* s = exponents + row * (K / 32);
+    const int from = group * HALF, end = GROUPS == 2 && !group ? HALF : CHUNKS;
     for (int first = 0; first < count; first += PAIRS) {
         const int now = min(PAIRS, count - first);
-        float sum[4] = {};
-        Words held[ROOM];
-        u32 power[ROOM][2];
-        bool placed = false;
-        for (int begin = 0; begin < CHUNKS; begin += ROOM) {
+        float sum[4] = {}, before[4] = {};
+        Chunk held[ROOM];
 #pragma unroll
-            for (int c = 0; c < ROOM; c++)
-                if (begin + c < CHUNKS) {
-#pragma unroll
-                    for (int side = 0; side < 2; side++) {
-                        const u8* from = w + side * far * (K / 2) + (begin + c) * 64;
-#ifdef WIDE
-                        const uint4 v = *(const uint4*)(from + j * 12);
-                        held[c].of[side][0] = v.x, held[c].of[side][1] = v.y, held[c].of[side][2] = v.z, held[c].of[side][3] = v.w;
-#else
-#pragma unroll
-                        for (int m = 0; m < 4; m++) held[c].of[side][m] = fetch(from + m * 16);
-#endif
-                        power[c][side] = fetch(s + side * far * (K / 32) + (begin + c) * 4);
-                    }
-                }
-            if (!placed) place(xs, factors, x, scales, list + first, now), placed = true;
+        for (int c = 0; c < ROOM; c++)
+            if (from + c < end) load(held[c], w, s, far, from + c);
+        place(xs, factors, x, scales, list + first, now);
+        for (int begin = from; begin < end; begin += ROOM) {
 #pragma unroll
             for (int c = 0; c < ROOM; c++) {
-                if (begin + c >= CHUNKS) break;
-                const int chunk = group * CHUNKS + begin + c;
+                const int chunk = begin + c;
+                if (chunk >= end) break;
+                if (GROUPS == 1 && chunk == HALF)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) before[i] = sum[i], sum[i] = 0;
                 u32 a[4][4];
                 float d[4][4];
 #pragma unroll
                 for (int m = 0; m < 4; m++) {
-                    unpack(held[c].of[0][m], a[m][0], a[m][2]);
-                    unpack(held[c].of[1][m], a[m][1], a[m][3]);
+                    unpack(word(held[c].of[0], m), a[m][0], a[m][2]);
+                    unpack(word(held[c].of[1], m), a[m][1], a[m][3]);
                 }
+                const u32 power[2] = {held[c].scales[0], held[c].scales[1]};
+                if (chunk + ROOM < end) load(held[c], w, s, far, chunk + ROOM);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
                 for (int m = 0; m < 4; m++) multiply(d[m], a[m], described(xs + (chunk * 4 + m) * 256));
@@ -162,20 +159,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, FIT) experts(
                 for (int i = 0; i < 4; i++) {
                     float part = 0;
 #pragma unroll
-                    for (int m = 0; m < 4; m++) part += d[m][i] * exponent(power[c][i / 2] >> 8 * m & 0xff);
+                    for (int m = 0; m < 4; m++) part += d[m][i] * exponent(power[i / 2] >> 8 * m & 0xff);
                     sum[i] += part * (i % 2 ? f.y : f.x);
                 }
             }
         }
         if (group) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) parts[group - 1][threadIdx.x % 128][i] = sum[i];
+            for (int i = 0; i < 4; i++) parts[threadIdx.x % 128][i] = sum[i];
         }
         __syncthreads();
         if (!group) {
-            for (int other = 0; other < GROUPS - 1; other++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) sum[i] += parts[other][threadIdx.x][i];
+            for (int i = 0; i < 4; i++) sum[i] = GROUPS == 2 ? sum[i] + parts[threadIdx.x][i] : before[i] + sum[i];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int n = 2 * j + i;
