@@ -17,7 +17,7 @@ import torch
 
 DEPENDENT = True
 """Whether launches may begin before the kernel before them has ended."""
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_PROGRAMMATIC_STREAM_SERIALIZATION, _MOST_SHARED = 6, 8
 
 
 class KernelError(RuntimeError):
@@ -42,21 +42,24 @@ class _Config(ctypes.Structure):
 class Kernel:
     """A compiled function of one device."""
 
-    def __init__(self, function: ctypes.c_void_p) -> None:
-        self._function = function
+    def __init__(self, function: ctypes.c_void_p, shared: int) -> None:
+        self._function, self._shared = function, shared
 
     def __call__(self, grid: tuple[int, int], threads: int, device: torch.device, *arguments: Any) -> None:
         """Launch on the device's current stream; arguments are ctypes values, in the order of the parameters."""
         attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1, b"")
         stream = torch.cuda.current_stream(device).cuda_stream
-        config = _Config((*grid, 1), (threads, 1, 1), 0, stream, ctypes.pointer(attribute), int(DEPENDENT))
+        config = _Config((*grid, 1), (threads, 1, 1), self._shared, stream, ctypes.pointer(attribute), int(DEPENDENT))
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         _checked(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "launch")
 
 
 @lru_cache(maxsize=256)
-def kernel(file: str, name: str, device: torch.device, **constants: int) -> Kernel:
-    """Function `name` of a source file beside this one, with `constants` defined. Raises KernelError."""
+def kernel(file: str, name: str, device: torch.device, shared: int = 0, **constants: int) -> Kernel:
+    """Function `name` of a source file beside this one, with `constants` defined. Raises KernelError.
+
+    shared: bytes of shared memory of a block, besides what the source declares.
+    """
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major >= 9 else ''}", "--std=c++17"]
     code = compiled(
@@ -67,7 +70,8 @@ def kernel(file: str, name: str, device: torch.device, **constants: int) -> Kern
     with torch.cuda.device(device):
         _checked(_driver().cuModuleLoadData(ctypes.byref(module), code), f"load {file}")
     _checked(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"find {name} in {file}")
-    return Kernel(function)
+    _checked(_driver().cuFuncSetAttribute(function, _MOST_SHARED, shared), f"reserve {shared} bytes for {name}")
+    return Kernel(function, shared)
 
 
 def compiled(source: str, options: Sequence[str]) -> bytes:

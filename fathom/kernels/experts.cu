@@ -8,8 +8,7 @@
 //
 // K       columns; a multiple of 128
 // GROUPS  groups of four warps: 2 have half of the columns each; 1 sums the halves in the same order
-// ROOM    chunks of 128 columns of two rows that a thread's registers hold at once
-// FIT     blocks that are to fit into a multiprocessor
+// STAGES  chunks of 128 columns that are on their way to a warp at once
 // UP      1: gate and up rows, joined by SwiGLU (BF16 [P, N]); 0: down (float32 [P, N])
 // TOP     experts a token
 
@@ -20,20 +19,14 @@ typedef unsigned long long u64;
 
 constexpr int THREADS = GROUPS * 128, CHUNKS = K / 128, HALF = (CHUNKS + 1) / 2, PAIRS = 8, MOST = 512;
 
-// A chunk of rows g and g + 8: 32 weights each, a word of each of four scales (`words`), and these scales.
-struct Chunk { uint4 of[2]; u32 scales[2]; };
-
-__device__ __forceinline__ void load(Chunk& to, const u8* w, const u8* s, long long far, int chunk) {
-#pragma unroll
-    for (int side = 0; side < 2; side++) {
-        const u8* from = w + side * far * (K / 2) + chunk * 64;
-        asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(to.of[side].x), "=r"(to.of[side].y), "=r"(to.of[side].z), "=r"(to.of[side].w) : "l"(from));
-        asm volatile("ld.global.u32 %0, [%1];" : "=r"(to.scales[side]) : "l"(s + side * far * (K / 32) + chunk * 4));
-    }
+template <int BYTES>
+__device__ __forceinline__ void copy(void* to, const void* from) {
+    const u32 at = (u32)__cvta_generic_to_shared(to);
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(at), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(at), "l"(from) : "memory");
 }
 
-__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 __device__ __forceinline__ float exponent(u32 byte) { return __uint_as_float(byte << 23); }
 
@@ -100,70 +93,93 @@ __device__ void place(u8* to, float* factors, const u8* x, const float* scales, 
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, FIT) experts(
+// The two rows that a lane multiplies of a warp's 16, 64 bytes each: for each of four scales one word a row.
+__device__ __forceinline__ void unpacked(u32 (&a)[4][4], const u8* chunk) {
+    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        const u8* at = chunk + g * 64 + ((m ^ (g >> 1 & 3)) * 16) + j * 4;
+        unpack(*(const u32*)at, a[m][0], a[m][2]);
+        unpack(*(const u32*)(at + 512), a[m][1], a[m][3]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) experts(
     const u8* weights, const u8* exponents, const u8* x, const float* scales, const int* chosen, const float* shares,
     void* out, int total, int rows, float limit
 ) {
-    __shared__ __align__(128) u8 xs[PAIRS * K];
-    __shared__ float factors[PAIRS * (K / 128)];
-    __shared__ float parts[128][4];
+    extern __shared__ __align__(128) u8 memory[];
+    u8* const xs = memory;                                               // [K / 16, PAIRS, 16]
+    u8* const powers = xs + PAIRS * K;                                   // [64, K / 32]
+    u8* const ring = powers + 64 * (K / 32);                             // [GROUPS * 4 warps, STAGES, 16, 64]
+    __shared__ float factors[PAIRS * CHUNKS], parts[128][4];
     __shared__ int list[MOST];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    const int own = blockIdx.y, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
-    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+    const int own = blockIdx.y, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int g = lane / 4, j = lane % 4;
     const int count = company(chosen, total, own, list);
     if (!count) return;
-    // Gate rows stand beside their up rows, half of the matrix further.
-    const long long height = UP ? 2 * rows : rows, top = (long long)chosen[own] * height;
-    const long long row = top + (UP ? blockIdx.x * 32 + warp * 8 + g : blockIdx.x * 64 + warp * 16 + g);
-    const long long far = UP ? rows : 8;
-    const u8* w = weights + row * (K / 2) + j * 16;
-    const u8* s = exponents + row * (K / 32);
+    // A warp has 16 rows: gate rows stand beside their up rows, half of the matrix further.
+    const long long top = (long long)chosen[own] * (UP ? 2 * rows : rows);
+    const long long row = top + (UP ? blockIdx.x * 32 + warp * 8 : blockIdx.x * 64 + warp * 16), far = UP ? rows : 8;
     const int from = group * HALF, end = GROUPS == 2 && !group ? HALF : CHUNKS;
+    u8* const mine = ring + (threadIdx.x / 32) * STAGES * 1024;
+    const auto load = [&](int chunk) {
+        if (chunk < end)
+#pragma unroll
+            for (int side = 0; side < 2; side++) {
+                u8* const to = mine + (chunk - from) % STAGES * 1024 + side * 512;
+                const u8* const at = weights + (row + side * far + g) * (K / 2) + chunk * 64 + j * 16;
+                copy<16>(to + g * 64 + (j ^ (g >> 1 & 3)) * 16, at);
+            }
+        commit();
+    };
+    for (int i = threadIdx.x; i < 64 * CHUNKS; i += THREADS) {
+        const int r = i / CHUNKS, at = i % CHUNKS * 4, w = r / 16;
+        const long long place = top + (UP ? blockIdx.x * 32 + w * 8 : blockIdx.x * 64 + w * 16) + r / 8 % 2 * far + r % 8;
+        copy<4>(powers + r * (K / 32) + at, exponents + place * (K / 32) + at);
+    }
     for (int first = 0; first < count; first += PAIRS) {
         const int now = min(PAIRS, count - first);
         float sum[4] = {}, before[4] = {};
-        Chunk held[ROOM];
-#pragma unroll
-        for (int c = 0; c < ROOM; c++)
-            if (from + c < end) load(held[c], w, s, far, from + c);
+        for (int c = 0; c < STAGES - 1; c++) load(from + c);
         place(xs, factors, x, scales, list + first, now);
-        for (int begin = from; begin < end; begin += ROOM) {
+        asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
+        __syncthreads();
+        u32 a[4][4];
+        unpacked(a, mine);
+        for (int chunk = from; chunk < end; chunk++) {
+            if (GROUPS == 1 && chunk == HALF)
 #pragma unroll
-            for (int c = 0; c < ROOM; c++) {
-                const int chunk = begin + c;
-                if (chunk >= end) break;
-                if (GROUPS == 1 && chunk == HALF)
+                for (int i = 0; i < 4; i++) before[i] = sum[i], sum[i] = 0;
+            float d[4][4];
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-                    for (int i = 0; i < 4; i++) before[i] = sum[i], sum[i] = 0;
-                u32 a[4][4];
-                float d[4][4];
+            for (int m = 0; m < 4; m++) multiply(d[m], a[m], described(xs + (chunk * 4 + m) * 256));
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            load(chunk + STAGES - 1);
+            asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
+            __syncwarp();
+            u32 next[4][4];
+            if (chunk + 1 < end) unpacked(next, mine + (chunk + 1 - from) % STAGES * 1024);
+            const u8* const p = powers + (warp * 16 + g) * (K / 32) + chunk * 4;
+            const u32 power[2] = {*(const u32*)p, *(const u32*)(p + 8 * (K / 32))};
+            const float2 f = *(const float2*)(factors + chunk * PAIRS + 2 * j);
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-                for (int m = 0; m < 4; m++) {
-                    unpack(word(held[c].of[0], m), a[m][0], a[m][2]);
-                    unpack(word(held[c].of[1], m), a[m][1], a[m][3]);
-                }
-                const u32 power[2] = {held[c].scales[0], held[c].scales[1]};
-                if (chunk + ROOM < end) load(held[c], w, s, far, chunk + ROOM);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            for (int m = 0; m < 4; m++)  // nothing may read the results above the wait
 #pragma unroll
-                for (int m = 0; m < 4; m++) multiply(d[m], a[m], described(xs + (chunk * 4 + m) * 256));
-                asm volatile("wgmma.commit_group.sync.aligned;\n wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                for (int i = 0; i < 4; i++) asm volatile("" : "+f"(d[m][i])::"memory");
 #pragma unroll
-                for (int m = 0; m < 4; m++)  // nothing may read the results above the wait
+            for (int i = 0; i < 4; i++) {
+                float part = 0;
 #pragma unroll
-                    for (int i = 0; i < 4; i++) asm volatile("" : "+f"(d[m][i])::"memory");
-                const float2 f = *(const float2*)(factors + chunk * PAIRS + 2 * j);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float part = 0;
-#pragma unroll
-                    for (int m = 0; m < 4; m++) part += d[m][i] * exponent(power[i / 2] >> 8 * m & 0xff);
-                    sum[i] += part * (i % 2 ? f.y : f.x);
-                }
+                for (int m = 0; m < 4; m++) part += d[m][i] * exponent(power[i / 2] >> 8 * m & 0xff), a[m][i] = next[m][i];
+                sum[i] += part * (i % 2 ? f.y : f.x);
             }
         }
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
         if (group) {
 #pragma unroll
             for (int i = 0; i < 4; i++) parts[threadIdx.x % 128][i] = sum[i];

@@ -156,14 +156,14 @@ __device__ __forceinline__ void load(uint4 (&top)[ROOM], uint4 (&low)[ROOM], con
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
-    const Parts parts, const u16* x, const u8* quantised, const float* scales, int total, int stride, int per_group
+    const __grid_constant__ Parts parts, const u16* x, const u8* quantised, const float* scales, int total, int stride, int per_group
 ) {
     __shared__ float sums[WARPS][16][NT * 8 + 1];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    Part part = parts.of[0];
+    int of = 0;
 #pragma unroll
-    for (int i = 1; i < PARTS; i++)  // an index that is not constant would put all parts on the stack
-        if (blockIdx.x >= parts.of[i].first) part = parts.of[i];
+    for (int i = 1; i < PARTS; i++) of += blockIdx.x >= parts.of[i].first;
+    const Part& part = parts.of[of];
     const int row = (blockIdx.x - part.first) * 16, warp = threadIdx.x / 32;
     const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4, begin = warp * OWN;
     const int size = part.kind == SIXTEEN ? 2 : 1, pieces = OWN * size / 64;

@@ -47,7 +47,8 @@ def test_parts_of_all_forms(rows: int, k: int) -> None:
     for y, (p, weight) in zip(got, parts, strict=True):
         want = reference(x, weight, p.quantised)
         assert y.dtype == (p.dtype or torch.bfloat16)
-        assert error(y, want) < (EXACT if y.dtype == torch.float32 else TOLERANCE)
+        wide = y.dtype == torch.float32
+        assert error(y, want) < (EXACT if wide else TOLERANCE), (p.quantised, y.shape, error(y, want))
 
 
 @pytest.mark.parametrize("rows", [1, 40])
