@@ -8,7 +8,7 @@
 //
 // K       columns; a multiple of 128
 // GROUPS  groups of four warps: 2 have half of the columns each; 1 sums the halves in the same order
-// STAGES  chunks of 128 columns that are on their way to a warp at once
+// STAGES  chunks of 128 columns that are on their way to a warp at once; an even number
 // UP      1: gate and up rows, joined by SwiGLU (BF16 [P, N]); 0: down (float32 [P, N])
 // TOP     experts a token
 
@@ -18,6 +18,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 constexpr int THREADS = GROUPS * 128, CHUNKS = K / 128, HALF = (CHUNKS + 1) / 2, PAIRS = 8, MOST = 512;
+constexpr bool EVEN = HALF % STAGES == 0 && CHUNKS % STAGES == 0;
 
 template <int BYTES>
 __device__ __forceinline__ void copy(void* to, const void* from) {
@@ -31,22 +32,23 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 __device__ __forceinline__ float exponent(u32 byte) { return __uint_as_float(byte << 23); }
 
 // Weights 0..3 and 4..7 of a word as e4m3: magnitudes by table, signs stand where they belong (`words`).
-__device__ __forceinline__ void unpack(u32 word, u32& low, u32& high) {
+__device__ __forceinline__ void unpack(u32 word, u32& low, u32& high, uint2 table) {
     const u32 m = word & 0x77777777u;
-    low = __byte_perm(0x3c383000u, 0x4c484440u, m) | (word & 0x80808080u);
-    high = __byte_perm(0x3c383000u, 0x4c484440u, m >> 16) | ((word << 4) & 0x80808080u);
+    low = __byte_perm(table.x, table.y, m) | (word & 0x80808080u);
+    high = __byte_perm(table.x, table.y, m >> 16) | ((word << 4) & 0x80808080u);
 }
 
-__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u64 b) {
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 columns) {
+    const u64 b = (u64)(128 >> 4) << 32 | columns;
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 0, 1, 1;"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// Where 16 bytes of 8 columns lie one after the other, and 128 bytes further the next 16 of K.
-__device__ __forceinline__ u64 described(const u8* x) {
-    const u32 at = (u32)__cvta_generic_to_shared(x);
-    return (u64)(at >> 4 & 0x3fff) | (u64)(128 >> 4) << 16 | (u64)(128 >> 4) << 32;
+// The low word of what describes columns in shared memory: 16 bytes of 8 of them lie one after the other, the next 16 of
+// K 128 bytes further (the high word has the same distance).
+__device__ __forceinline__ u32 described(const u8* x) {
+    return ((u32)__cvta_generic_to_shared(x) >> 4 & 0x3fff) | (128 >> 4) << 16;
 }
 
 // The pairs that chose the expert of pair `own`, in order; none if an earlier one did, whose block does the work.
@@ -94,13 +96,11 @@ __device__ void place(u8* to, float* factors, const u8* x, const float* scales, 
 }
 
 // The two rows that a lane multiplies of a warp's 16, 64 bytes each: for each of four scales one word a row.
-__device__ __forceinline__ void unpacked(u32 (&a)[4][4], const u8* chunk) {
-    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+__device__ __forceinline__ void unpacked(u32 (&a)[4][4], const u8* const (&at)[4], int slot, uint2 table) {
 #pragma unroll
     for (int m = 0; m < 4; m++) {
-        const u8* at = chunk + g * 64 + ((m ^ (g >> 1 & 3)) * 16) + j * 4;
-        unpack(*(const u32*)at, a[m][0], a[m][2]);
-        unpack(*(const u32*)(at + 512), a[m][1], a[m][3]);
+        unpack(*(const u32*)(at[m] + slot * 1024), a[m][0], a[m][2], table);
+        unpack(*(const u32*)(at[m] + slot * 1024 + 512), a[m][1], a[m][3], table);
     }
 }
 
@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     __shared__ int list[MOST];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    const int own = blockIdx.y, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    const int own = blockIdx.y, warp = threadIdx.x / 32 % 4, group = GROUPS == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
     const int g = lane / 4, j = lane % 4;
     const int count = company(chosen, total, own, list);
     if (!count) return;
@@ -125,16 +125,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     const long long row = top + (UP ? blockIdx.x * 32 + warp * 8 : blockIdx.x * 64 + warp * 16), far = UP ? rows : 8;
     const int from = group * HALF, end = GROUPS == 2 && !group ? HALF : CHUNKS;
     u8* const mine = ring + (threadIdx.x / 32) * STAGES * 1024;
-    const auto load = [&](int chunk) {
-        if (chunk < end)
-#pragma unroll
-            for (int side = 0; side < 2; side++) {
-                u8* const to = mine + (chunk - from) % STAGES * 1024 + side * 512;
-                const u8* const at = weights + (row + side * far + g) * (K / 2) + chunk * 64 + j * 16;
-                copy<16>(to + g * 64 + (j ^ (g >> 1 & 3)) * 16, at);
-            }
-        commit();
-    };
+    u8* const to = mine + g * 64 + (j ^ (g >> 1 & 3)) * 16;
+    const u8* const at[4] = {
+        mine + g * 64 + (0 ^ (g >> 1 & 3)) * 16 + j * 4, mine + g * 64 + (1 ^ (g >> 1 & 3)) * 16 + j * 4,
+        mine + g * 64 + (2 ^ (g >> 1 & 3)) * 16 + j * 4, mine + g * 64 + (3 ^ (g >> 1 & 3)) * 16 + j * 4};
+    const u8* const power = powers + (warp * 16 + g) * (K / 32);
+    const u32 columns = described(xs);
+    uint2 table = make_uint2(0x3c383000u, 0x4c484440u);
+    asm volatile("" : "+r"(table.x), "+r"(table.y));  // in registers, not made anew for every word
     for (int i = threadIdx.x; i < 64 * CHUNKS; i += THREADS) {
         const int r = i / CHUNKS, at = i % CHUNKS * 4, w = r / 16;
         const long long place = top + (UP ? blockIdx.x * 32 + w * 8 : blockIdx.x * 64 + w * 16) + r / 8 % 2 * far + r % 8;
@@ -143,40 +141,51 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     for (int first = 0; first < count; first += PAIRS) {
         const int now = min(PAIRS, count - first);
         float sum[4] = {}, before[4] = {};
-        for (int c = 0; c < STAGES - 1; c++) load(from + c);
+        const u8* near = weights + (row + g) * (K / 2) + from * 64 + j * 16;
+        const u8* away = near + far * (K / 2);
+        const auto load = [&](int chunk, int slot) {
+            if (chunk < end) copy<16>(to + slot * 1024, near), copy<16>(to + slot * 1024 + 512, away);
+            near += 64, away += 64;
+            commit();
+        };
+#pragma unroll
+        for (int c = 0; c < STAGES - 1; c++) load(from + c, c);
         place(xs, factors, x, scales, list + first, now);
         asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
         __syncthreads();
-        u32 a[4][4];
-        unpacked(a, mine);
-        for (int chunk = from; chunk < end; chunk++) {
-            if (GROUPS == 1 && chunk == HALF)
+        u32 a[2][4][4];
+        unpacked(a[0], at, 0, table);
+        for (int begin = from; begin < end; begin += STAGES) {
 #pragma unroll
-                for (int i = 0; i < 4; i++) before[i] = sum[i], sum[i] = 0;
-            float d[4][4];
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            for (int c = 0; c < STAGES; c++) {
+                const int chunk = begin + c;
+                if (!EVEN && chunk >= end) break;
+                if (GROUPS == 1 && (c == 0 || !EVEN) && chunk == HALF)
 #pragma unroll
-            for (int m = 0; m < 4; m++) multiply(d[m], a[m], described(xs + (chunk * 4 + m) * 256));
-            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            load(chunk + STAGES - 1);
-            asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
-            __syncwarp();
-            u32 next[4][4];
-            if (chunk + 1 < end) unpacked(next, mine + (chunk + 1 - from) % STAGES * 1024);
-            const u8* const p = powers + (warp * 16 + g) * (K / 32) + chunk * 4;
-            const u32 power[2] = {*(const u32*)p, *(const u32*)(p + 8 * (K / 32))};
-            const float2 f = *(const float2*)(factors + chunk * PAIRS + 2 * j);
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                    for (int i = 0; i < 4; i++) before[i] = sum[i], sum[i] = 0;
+                float d[4][4];
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-            for (int m = 0; m < 4; m++)  // nothing may read the results above the wait
+                for (int m = 0; m < 4; m++) multiply(d[m], a[c % 2][m], columns + (chunk * 4 + m) * 16);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                load(chunk + STAGES - 1, (c + STAGES - 1) % STAGES);
+                asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
+                __syncwarp();
+                unpacked(a[(c + 1) % 2], at, (c + 1) % STAGES, table);
+                const u32 of[2] = {*(const u32*)(power + chunk * 4), *(const u32*)(power + 8 * (K / 32) + chunk * 4)};
+                const float2 f = *(const float2*)(factors + chunk * PAIRS + 2 * j);
+                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-                for (int i = 0; i < 4; i++) asm volatile("" : "+f"(d[m][i])::"memory");
+                for (int m = 0; m < 4; m++)  // nothing may read the results above the wait
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float part = 0;
+                    for (int i = 0; i < 4; i++) asm volatile("" : "+f"(d[m][i])::"memory");
 #pragma unroll
-                for (int m = 0; m < 4; m++) part += d[m][i] * exponent(power[i / 2] >> 8 * m & 0xff), a[m][i] = next[m][i];
-                sum[i] += part * (i % 2 ? f.y : f.x);
+                for (int i = 0; i < 4; i++) {
+                    float part = 0;
+#pragma unroll
+                    for (int m = 0; m < 4; m++) part += d[m][i] * exponent(of[i / 2] >> 8 * m & 0xff);
+                    sum[i] += part * (i % 2 ? f.y : f.x);
+                }
             }
         }
         asm volatile("cp.async.wait_group 0;" ::: "memory");

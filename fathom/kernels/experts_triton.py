@@ -1,4 +1,4 @@
-"""Routed FP4 experts on a GPU for a few tokens, without tensor cores. Reference 2.10 and 4.
+"""Routed FP4 experts on a GPU for a few tokens, without tensor cores: where there is no `experts_cuda`. Reference 4.
 
 The torch reference is `experts.experts` on the stored weights. Names: T tokens, k experts a token, P = T * k pairs in
 the order of the tokens, D hidden size, I width of an expert.
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fathom.kernels import experts_cuda
 from fathom.kernels.common_triton import PLAIN, e2m1, fetch, from_e8m0, options, power_of_two, swiglu
 from fathom.kernels.quant_triton import PAIRS, quantise
 from fathom.kernels.words import to_words
@@ -61,7 +62,10 @@ def experts(
         from fathom.kernels.experts_many_triton import many
 
         return many(x, chosen, shares, weights, limit, shared)
-    return few(x, chosen, shares, weights, limit, shared) if x.shape[0] else torch.zeros_like(x)
+    if not x.shape[0]:
+        return torch.zeros_like(x)
+    way = experts_cuda.few if experts_cuda.has(x, chosen, weights) else few
+    return way(x, chosen, shares, weights, limit, shared)
 
 
 def chain(chosen: Tensor) -> Tensor:

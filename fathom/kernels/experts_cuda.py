@@ -1,0 +1,83 @@
+"""FP4 experts for the few tokens of a step on Hopper: the launcher of experts.cu. Reference 2.10 and 4.
+
+The torch reference is `experts.experts` on the stored weights. All of it is one class: a token's result has the same
+bits whatever else is in the batch. Tensor cores sum 32 products of e4m3 values, which is exact to about 2e-4 of the
+result; everything above is float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fathom.kernels.cuda import Kernel, kernel
+from fathom.kernels.quant_triton import quantise
+
+if TYPE_CHECKING:
+    from fathom.kernels.experts_triton import Fp4Experts
+
+MOST_PAIRS = 512
+"""Pairs of a token and an expert that a block can look through."""
+_TOGETHER = 8
+"""Pairs of an expert that are multiplied at once."""
+_STAGES = 4
+
+
+def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:
+    """Whether this device and these shapes have the kernel."""
+    hidden, width = x.shape[1], weights.w2.shape[2] * 8
+    fits = hidden % 128 == 0 and width % 128 == 0 and chosen.numel() <= MOST_PAIRS
+    return fits and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def gate_up(
+    x: Tensor, scales: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, groups: int = 0
+) -> Tensor:
+    """shares * silu(min(a, limit)) * clamp(b, -limit, limit), [a, b] = w13[e] x, for every pair: BF16 [P, I].
+
+    x e4m3 [T, D] and scales [T, D / 128] from `quantise`; chosen int32 and shares float32 [T, k]; groups: of four
+    warps in a block (0: chosen by the number of pairs), which changes no bit.
+    """
+    width = weights.w13.shape[1] // 2
+    out = torch.empty((chosen.numel(), width), dtype=torch.bfloat16, device=x.device)
+    run, threads = _kernel(x, chosen, True, groups)
+    arguments = (weights.w13, weights.s13, x, scales, chosen, shares, out)
+    run((width // 32, chosen.numel()), threads, x.device, *_arguments(arguments, chosen.numel(), width, limit))
+    return out
+
+
+def down(x: Tensor, scales: Tensor, chosen: Tensor, weights: Fp4Experts, groups: int = 0) -> Tensor:
+    """w2[e] x for every pair, float32 [P, D]; x e4m3 [P, I] and scales [P, I / 128]."""
+    hidden = weights.w2.shape[1]
+    out = torch.empty((chosen.numel(), hidden), dtype=torch.float32, device=x.device)
+    run, threads = _kernel(x, chosen, False, groups)
+    arguments = (weights.w2, weights.s2, x, scales, chosen, scales, out)
+    run((hidden // 64, chosen.numel()), threads, x.device, *_arguments(arguments, chosen.numel(), hidden, 0.0))
+    return out
+
+
+def few(
+    x: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, shared: Tensor | None = None
+) -> Tensor:
+    """The whole of it: x [T, D], chosen [T, k], shares float32 [T, k] -> [T, D], `shared` added."""
+    from fathom.kernels.experts_triton import combine
+
+    chosen = chosen.int()
+    hidden = gate_up(*quantise(x), chosen, shares, weights, limit)
+    return combine(down(*quantise(hidden), chosen, weights), chosen.shape[1], shared)
+
+
+def _kernel(x: Tensor, chosen: Tensor, up: bool, groups: int) -> tuple[Kernel, int]:
+    columns, pairs = x.shape[1], chosen.numel()
+    groups = groups or (2 if pairs <= 8 or (up and pairs <= 64) else 1)
+    shared = _TOGETHER * columns + 64 * (columns // 32) + groups * 4 * _STAGES * 1024
+    sizes = {"K": columns, "GROUPS": groups, "STAGES": _STAGES, "UP": int(up), "TOP": chosen.shape[1]}
+    return kernel("experts.cu", "experts", x.device, shared, **sizes), 128 * groups
+
+
+def _arguments(tensors: tuple[Tensor, ...], pairs: int, rows: int, limit: float) -> list[ctypes._SimpleCData]:
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+    return [*pointers, ctypes.c_int(pairs), ctypes.c_int(rows), ctypes.c_float(limit)]

@@ -1,0 +1,36 @@
+"""FP4 experts on FP8 tensor cores against float64 sums over the stored weights, and against themselves alone."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+from fathom.kernels import experts_cuda as ops
+from fathom.kernels.quant_triton import quantise
+from fathom.kernels.testing import error, poisoned
+from tests.kernels.test_experts_triton import LIMIT, by_hand, layer, rand, routing
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = 5e-3
+
+
+@pytest.mark.parametrize(("shape", "tokens"), [((3, 512, 128), 20), ((24, 4096, 1024), 1), ((24, 4096, 1024), 33)])
+def test_experts_are_sums_by_hand(shape: tuple[int, int, int], tokens: int) -> None:
+    """Three experts for twenty tokens: more pairs of an expert than are multiplied at once."""
+    raw, weights = layer(*shape)
+    x = rand(tokens, shape[1], seed=6).bfloat16()
+    chosen, shares = routing(tokens, shape[0], 3)
+    with poisoned():
+        got = ops.few(x, chosen, shares, weights, LIMIT)
+    assert error(got, by_hand(x, chosen, shares, raw)) < TOLERANCE
+
+
+def test_a_token_has_the_same_bits_in_any_company_and_split() -> None:
+    _, weights = layer(8, 1536, 384)
+    x, (chosen, shares) = rand(40, 1536, seed=6).bfloat16(), routing(40, 8, 3)
+    alone = torch.cat([ops.few(x[t : t + 1], chosen[t : t + 1], shares[t : t + 1], weights, LIMIT) for t in range(40)])
+    assert torch.equal(ops.few(x, chosen, shares, weights, LIMIT), alone)
+    both = [ops.gate_up(*quantise(x), chosen, shares, weights, LIMIT, groups) for groups in (1, 2)]
+    assert torch.equal(*both)
