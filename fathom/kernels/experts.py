@@ -47,11 +47,12 @@ def experts(
 ) -> Tensor:
     """sum_k w2[e_k] (weights[t,k] * swiglu(w13[e_k] x[t])) for the k chosen experts of each token.
 
-    x [T, D] (already on the FP8 grid when `quantize`); chosen [T, k] expert ids; weights [T, k] float32;
+    x [T, D], rounded to e4m3 per 128 when `quantize`; chosen [T, k] expert ids; weights [T, k] float32;
     w13 [E, 2I, D] with the gate rows first, w2 [E, D, I], both in any stored form with scales s13, s2, FP4 also in the
     order of `kernels.words`. Returns float32 [T, D]; with `shared` [T, D] that is added last and the sum has its dtype.
     A token's experts are summed in the order of `chosen`, whatever else is in the batch.
     """
+    x = fp8_sim(x, WEIGHT_BLOCK) if quantize else x
     order, groups = _by_expert(chosen, len(w13))
     if order is None:
         rows, shares = x.expand(chosen.shape[1], -1), weights.flatten()

@@ -8,7 +8,7 @@ result; everything above is float32.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -78,6 +78,6 @@ def _kernel(x: Tensor, chosen: Tensor, up: bool, groups: int) -> tuple[Kernel, i
     return kernel("experts.cu", "experts", x.device, shared, **sizes), 128 * groups
 
 
-def _arguments(tensors: tuple[Tensor, ...], pairs: int, rows: int, limit: float) -> list[ctypes._SimpleCData]:
+def _arguments(tensors: tuple[Tensor, ...], pairs: int, rows: int, limit: float) -> list[Any]:
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     return [*pointers, ctypes.c_int(pairs), ctypes.c_int(rows), ctypes.c_float(limit)]

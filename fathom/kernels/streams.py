@@ -1,6 +1,7 @@
 """Hyper-connections: what stands before a sublayer, after it, and before the head. Reference 2.3 and 2.11.
 
-Shapes: T tokens, n streams, D hidden size. On a GPU `before`, `after` and `folded` are kernels (`streams_triton`).
+Shapes: T tokens, n streams, D hidden size. On a GPU `before`, `after` and `folded` are kernels (`streams_cuda`; where
+that lacks a shape, `streams_triton`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fathom.kernels.packed import PackedSum
 from fathom.kernels.sinkhorn import mixing
 
 
-@beside("streams_triton")
+@beside("streams_cuda")
 def before(
     x: Tensor,
     fn: Tensor | PackedSum,
@@ -36,13 +37,16 @@ def before(
     return rms_norm(fold(pre, x.float()).to(x.dtype), weight, eps), post, comb
 
 
-@beside("streams_triton")
-def after(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    """The streams after the sublayer's output y [T, D]: each takes its part of y and of all streams x [T, n, D]."""
+@beside("streams_cuda")
+def after(y: Tensor, x: Tensor, post: Tensor, comb: Tensor, following: Tensor | PackedSum | None = None) -> Tensor:
+    """The streams after the sublayer's output y [T, D]: each takes its part of y and of all streams x [T, n, D].
+
+    following: the mixing weights that the result will be projected with, which a kernel may do at once.
+    """
     return spread(y.float(), x.float(), post, comb).to(x.dtype)
 
 
-@beside("streams_triton")
+@beside("streams_cuda")
 def folded(
     x: Tensor, fn: Tensor | PackedSum, scale: Tensor, base: Tensor, weight: Tensor, eps: float, hc_eps: float
 ) -> Tensor:

@@ -22,9 +22,14 @@ def hc_pre(
     return streams.before(x_TnD, fn, scale, base, norm.weight, config.rms_norm_eps, config.hc_eps, rounds)
 
 
-def hc_post(y_TD: Tensor, x_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor) -> Tensor:
-    """The streams after the sublayer's output y: each takes its part of y and of all streams."""
-    return streams.after(y_TD, x_TnD, post_Tn, comb_Tnn)
+def hc_post(
+    y_TD: Tensor, x_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor, following: Tensor | PackedSum | None
+) -> Tensor:
+    """The streams after the sublayer's output y: each takes its part of y and of all streams.
+
+    following: fn of the hyper-connection that comes next, if that is known.
+    """
+    return streams.after(y_TD, x_TnD, post_Tn, comb_Tnn, following)
 
 
 class HyperParameters(Packable):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.kernels import dispatch
 from fathom.kernels.experts import experts, gated
-from fathom.kernels.linear import linear
+from fathom.kernels.linear import Part, linears
 from fathom.kernels.packed import pack, pack_all
 from fathom.kernels.quant import dequantize
 from fathom.kernels.router import route
 from fathom.kernels.words import to_words
-from fathom.model.layers import Linear, Numerics, Packable, both
+from fathom.model.layers import Linear, Numerics, Packable, joined
 
 
 class Gate(Packable):
@@ -38,12 +40,15 @@ class Gate(Packable):
         """Pack the weight where that is possible: scores are computed in float32 whatever `dtype` is."""
         self.packed = pack(self.weight.float())
 
-    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D], tokens [T] -> expert ids [T, k] and their float32 weights [T, k].
+    def part(self) -> Part:
+        """The product with the input that makes the scores' logits, in float32."""
+        return Part(self.packed or self.weight, dtype=torch.float32)
+
+    def forward(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [T, E], tokens [T] -> expert ids [T, k] and their float32 weights [T, k].
 
         The bias moves the choice only; the weights are the unbiased scores, which sum to `routed_scaling_factor`.
         """
-        logits = linear(x, self.packed or self.weight, dtype=torch.float32)
         bias, table = (None, self.tid2eid) if self.by_hash else (self.bias, None)
         k, factor = self.config.num_experts_per_tok, self.config.routed_scaling_factor
         chosen, weights = route(logits, bias, table, tokens, k, factor)
@@ -104,9 +109,16 @@ class SharedExpert(nn.Module):
         self.limit, self.numerics = config.swiglu_limit, numerics
         self.w1, self.w2, self.w3 = Linear(hidden, width), Linear(width, hidden), Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, D] (already an operand) -> [T, D]."""
-        return self.w2(gated(both(x, self.w1, self.w3), self.limit, self.numerics.quantize))
+    def parts(self) -> list[Part]:
+        """The products with the input: gate rows, then up rows."""
+        whole = joined(self.w1, self.w3)
+        parts = [whole] if whole else [self.w1.part(), self.w3.part()]
+        return [replace(part, quantised=self.numerics.quantize) for part in parts]
+
+    def forward(self, products: list[Tensor]) -> Tensor:
+        """What the `parts` of x [T, D] give -> [T, D]."""
+        up = products[0] if len(products) == 1 else torch.cat(products, -1)
+        return self.w2(gated(up, self.limit, self.numerics.quantize))
 
 
 class MoE(nn.Module):
@@ -121,6 +133,6 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x [T, D], tokens [T] -> [T, D]. The router reads x unquantised."""
-        chosen, weights = self.gate(x, tokens)
-        operand = self.numerics.operand(x)
-        return self.experts(operand, chosen, weights, self.shared_experts(operand))
+        logits, *products = linears(x, (self.gate.part(), *self.shared_experts.parts()))
+        chosen, weights = self.gate(logits, tokens)
+        return self.experts(x, chosen, weights, self.shared_experts(products))

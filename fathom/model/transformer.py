@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.kernels.linear import linear
+from fathom.kernels.packed import PackedSum
 from fathom.model.attention import Attention
 from fathom.model.batch import Batch
 from fathom.model.cache import Cache, LayerState, NoState
@@ -34,14 +35,16 @@ class Block(HyperParameters):
         self.declare("hc_attn", config, (2 + n) * n, 3)
         self.declare("hc_ffn", config, (2 + n) * n, 3)
 
-    def forward(self, x_TnD: Tensor, step: Step, state: LayerState) -> Tensor:
-        """[T, n, D] -> [T, n, D]."""
+    def forward(
+        self, x_TnD: Tensor, step: Step, state: LayerState, following: Tensor | PackedSum | None = None
+    ) -> Tensor:
+        """[T, n, D] -> [T, n, D]; following: fn of the hyper-connection that comes next, if that is known."""
         x, post, comb = hc_pre(x_TnD, *self.mixing("hc_attn"), self.attn_norm, self.config)
         y = self.attn(x, step, state)
-        x_TnD = hc_post(y, x_TnD, post, comb)
+        x_TnD = hc_post(y, x_TnD, post, comb, self.mixing("hc_ffn")[0])
         x, post, comb = hc_pre(x_TnD, *self.mixing("hc_ffn"), self.ffn_norm, self.config)
         y = self.ffn(x, step.tokens)
-        return hc_post(y, x_TnD, post, comb)
+        return hc_post(y, x_TnD, post, comb, following)
 
 
 class MTPBlock(Block):
@@ -90,8 +93,8 @@ class Transformer(HyperParameters):
             cache.admit(batch.tiles)
         step = Step(self.config, tokens, batch, self.numerics.dtype)
         x_TnD = self._embedded(tokens).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
-        for i, block in enumerate(self.layers):
-            x_TnD = block(x_TnD, step, cache.layer(i) if cache else NoState())
+        for i, (block, following) in enumerate(zip(self.layers, self._following(), strict=True)):
+            x_TnD = block(x_TnD, step, cache.layer(i) if cache else NoState(), following)
         return x_TnD if batch.wanted is None else x_TnD[batch.wanted]
 
     def logits(self, x_RnD: Tensor) -> Tensor:
@@ -129,6 +132,11 @@ class Transformer(HyperParameters):
 
     def _scores(self, h: Tensor) -> Tensor:
         return linear(h, self.head.packed or self.head.weight, dtype=torch.float32)
+
+    def _following(self) -> list[Tensor | PackedSum]:
+        """For each layer the mixing weights that its streams meet next: the next layer's, at last the head's."""
+        blocks = [block for block in self.layers if isinstance(block, Block)]
+        return [*(block.mixing("hc_attn")[0] for block in blocks[1:]), self.mixing("hc_head")[0]]
 
     def _draft_block(self) -> MTPBlock:
         block = self.mtp[0]

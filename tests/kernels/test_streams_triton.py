@@ -1,5 +1,7 @@
 """Hyper-connections and routing on a GPU (or under the interpreter) against the torch references in float64."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,11 +14,13 @@ DEVICE = device()
 if DEVICE is None:
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from fathom.kernels import router_triton, streams_triton  # noqa: E402
+from fathom.kernels import router_triton, streams_cuda, streams_triton  # noqa: E402
+from fathom.kernels.quant_triton import quantise  # noqa: E402
 
 pytestmark = pytest.mark.external if INTERPRETED else pytest.mark.gpu
 SIZES = (128, 384) if INTERPRETED else (384, 4096, 7168)
 ROUNDING = 6e-3 if INTERPRETED else 3e-3  # the interpreter truncates to BF16
+MODULES = [streams_triton] if INTERPRETED else [streams_triton, streams_cuda]
 EPS, HC_EPS, ROUNDS, N = 1e-6, 1e-6, 20, 4
 
 
@@ -28,15 +32,16 @@ def rms(x: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
 
 
+@pytest.mark.parametrize("ops", MODULES)
 @pytest.mark.parametrize("hidden", SIZES)
 @pytest.mark.parametrize("tokens", [1, 3, 17])
-def test_before_and_after(hidden: int, tokens: int) -> None:
+def test_before_and_after(ops: ModuleType, hidden: int, tokens: int) -> None:
     x, y = rand(tokens, N, hidden, seed=1).bfloat16(), rand(tokens, hidden, seed=2).bfloat16()
     fn, scale = rand(24, N * hidden, seed=3) * (N * hidden) ** -0.5, rand(3, seed=4)
     base, weight = rand(24, seed=5), rand(hidden, seed=6).bfloat16()
     with poisoned():
-        out, post, comb = streams_triton.before(x, fn, scale, base, weight, EPS, HC_EPS, ROUNDS)
-        mixed = streams_triton.after(y, x, post, comb)
+        out, post, comb = ops.before(x, fn, scale, base, weight, EPS, HC_EPS, ROUNDS)
+        mixed = ops.after(y, x, post, comb)
     m = rms(x.flatten(1).double()) @ fn.double().T
     parts = [
         part * scale[i] + base.double().split((N, N, N * N))[i] for i, part in enumerate(m.split((N, N, N * N), -1))
@@ -50,23 +55,27 @@ def test_before_and_after(hidden: int, tokens: int) -> None:
     assert error(mixed, total) < ROUNDING
 
 
+@pytest.mark.parametrize("ops", MODULES)
 @pytest.mark.parametrize("hidden", SIZES)
-def test_the_head_folds(hidden: int) -> None:
+def test_the_head_folds(ops: ModuleType, hidden: int) -> None:
     x, fn = rand(5, N, hidden, seed=1).bfloat16(), rand(N, N * hidden, seed=3) * (N * hidden) ** -0.5
     scale, base, weight = rand(1, seed=4), rand(N, seed=5), rand(hidden, seed=6).bfloat16()
     with poisoned():
-        out = streams_triton.folded(x, fn, scale, base, weight, EPS, HC_EPS)
+        out = ops.folded(x, fn, scale, base, weight, EPS, HC_EPS)
     gates = (rms(x.flatten(1).double()) @ fn.double().T * scale + base).sigmoid() + HC_EPS
     assert error(out, rms((gates.unsqueeze(-1) * x.double()).sum(1)) * weight.double()) < 1.5 * ROUNDING
 
 
-def test_a_token_has_the_same_bits_in_company() -> None:
+@pytest.mark.parametrize("ops", MODULES)
+def test_a_token_has_the_same_bits_in_company(
+    ops: ModuleType,
+) -> None:
     hidden = SIZES[-1]
     x, fn = rand(9, N, hidden, seed=1).bfloat16(), rand(24, N * hidden, seed=3) * (N * hidden) ** -0.5
     rest = rand(3, seed=4), rand(24, seed=5), rand(hidden, seed=6).bfloat16(), EPS, HC_EPS, ROUNDS
-    whole = streams_triton.before(x, fn, *rest)
+    whole = ops.before(x, fn, *rest)
     for t in (0, 4, 8):
-        alone = streams_triton.before(x[t : t + 1], fn, *rest)
+        alone = ops.before(x[t : t + 1], fn, *rest)
         assert all(torch.equal(a[0], b[t]) for a, b in zip(alone, whole, strict=True))
 
 
@@ -92,3 +101,21 @@ def test_equal_scores_go_to_the_lower_expert() -> None:
     logits = torch.zeros(2, 16, device=DEVICE)
     chosen, _ = router_triton.route(logits, torch.zeros(16, device=DEVICE), None, torch.zeros(2, device=DEVICE), 4, 1.0)
     assert chosen.tolist() == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA C++")
+@pytest.mark.parametrize("hidden", [384, 4096, 7168])
+def test_what_is_done_ahead_is_what_would_be_done(hidden: int) -> None:
+    """Streams projected where they are made, and results rounded where they are made; the same bits in company."""
+    x, y = rand(9, N, hidden, seed=1).bfloat16(), rand(9, hidden, seed=2).bfloat16()
+    fn, scale = rand(24, N * hidden, seed=3) * (N * hidden) ** -0.5, rand(3, seed=4)
+    rest = scale, rand(24, seed=5), rand(hidden, seed=6).bfloat16(), EPS, HC_EPS, ROUNDS
+    _, post, comb = streams_cuda.before(x, fn, *rest)
+    with poisoned():
+        mixed = streams_cuda.after(y, x, post, comb, fn)
+        ahead = streams_cuda.before(mixed, fn, *rest)
+        assert all(torch.equal(a, b) for a, b in zip(ahead, streams_cuda.before(mixed.clone(), fn, *rest), strict=True))
+        rounded = zip(quantise(ahead[0]), quantise(ahead[0].clone()), strict=True)
+        assert all(torch.equal(a.float(), b.float()) for a, b in rounded)
+        alone = streams_cuda.before(mixed[4:5].contiguous(), fn, *rest)
+    assert all(torch.equal(a[4:5], b) for a, b in zip(ahead, alone, strict=True))

@@ -1,0 +1,203 @@
+// Hyper-connections for the tokens of a step: four BF16 streams. Reference 2.3; launcher and contract: streams_cuda.py.
+//
+// `turn` mixes a sublayer's output into the streams and projects them for the next mixing weights, slice by slice;
+// `finish` sums the slices up, folds the streams into the next sublayer's input, normalises and rounds it, while a second
+// block does the Sinkhorn rounds, which only the next `turn` needs. Every sum has one order.
+//
+// D       hidden size, a multiple of 128
+// ROWS    mixing weights of a token: 24 before a sublayer, 4 before the head
+// ROUNDS  of Sinkhorn; 0 before the head
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+constexpr int N = 4, SLICE = 64, SLICES = D / SLICE, COLUMNS = 32, WARPS = 4;
+constexpr int THREADS = (D / 8 + 31) / 32 * 32;
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+__device__ __forceinline__ u32 pair_of(float a, float b) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+    return r;
+}
+
+__device__ __forceinline__ float across(float v) {
+    for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(~0u, v, d);
+    return v;
+}
+
+// x [T, N, D] of which each stream takes its part of y [T, D], or stays if there is no y; sums float32 [T, SLICES, 32].
+extern "C" __global__ void __launch_bounds__(WARPS * 32) turn(
+    const u16* y, const u16* x, const float* post, const float* comb, u16* out, const float* fn, float* sums
+) {
+    constexpr int EACH = ROWS / WARPS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slice = blockIdx.x, column = slice * SLICE + 2 * lane;
+    const long long t = blockIdx.y;
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    float2 f[EACH][N];
+#pragma unroll
+    for (int r = 0; r < EACH; r++)
+#pragma unroll
+        for (int i = 0; i < N; i++) f[r][i] = *(const float2*)(fn + (long long)(warp * EACH + r) * N * D + i * D + column);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    u32 streams[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) streams[i] = *(const u32*)(x + (t * N + i) * D + column);
+    if (y) {
+        const u32 add = *(const u32*)(y + t * D + column);
+        u32 mixed[N];
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            const float share = post[t * N + j];
+            float a = share * low(add), b = share * high(add);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                const float part = comb[(t * N + i) * N + j];
+                a += part * low(streams[i]), b += part * high(streams[i]);
+            }
+            mixed[j] = pair_of(a, b);
+        }
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            streams[j] = mixed[j];
+            if (warp == j) *(u32*)(out + (t * N + j) * D + column) = mixed[j];
+        }
+    }
+    float* const to = sums + (t * SLICES + slice) * COLUMNS;
+#pragma unroll
+    for (int r = 0; r < EACH; r++) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) sum += f[r][i].x * low(streams[i]) + f[r][i].y * high(streams[i]);
+        sum = across(sum);
+        if (lane == 0) to[warp * EACH + r] = sum;
+    }
+    if (warp == WARPS - 1) {
+        float squares = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) squares += low(streams[i]) * low(streams[i]) + high(streams[i]) * high(streams[i]);
+        squares = across(squares);
+        if (lane == 0) to[ROWS] = squares;
+    }
+}
+
+__device__ __forceinline__ float sigmoid(float v) { return __fdiv_rn(1.0f, 1.0f + __expf(-v)); }
+
+// Four values over their sum.
+__device__ __forceinline__ void even(float& a, float& b, float& c, float& d, float eps) {
+    const float r = __frcp_rn(((a + b) + (c + d)) + eps);
+    a *= r, b *= r, c *= r, d *= r;
+}
+
+// post = 2 sigmoid, comb = the rounds over the other mixing weights m, already scaled by the RMS. One thread.
+__device__ void sinkhorn(const float* m, const float* scale, const float* base, float eps, float* post, float* comb) {
+    float c[N][N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        post[i] = 2.0f * sigmoid(m[N + i] * scale[1] + base[N + i]);
+        float most = -1e38f;
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            c[i][j] = m[2 * N + i * N + j] * scale[2] + base[2 * N + i * N + j];
+            most = fmaxf(most, c[i][j]);
+        }
+#pragma unroll
+        for (int j = 0; j < N; j++) c[i][j] = __expf(c[i][j] - most);
+        even(c[i][0], c[i][1], c[i][2], c[i][3], 0.0f);
+#pragma unroll
+        for (int j = 0; j < N; j++) c[i][j] += eps;
+    }
+    for (int round = 0; round < ROUNDS; round++) {
+        if (round)
+#pragma unroll
+            for (int i = 0; i < N; i++) even(c[i][0], c[i][1], c[i][2], c[i][3], eps);
+#pragma unroll
+        for (int j = 0; j < N; j++) even(c[0][j], c[1][j], c[2][j], c[3][j], eps);
+    }
+#pragma unroll
+    for (int i = 0; i < N * N; i++) comb[i] = c[i / N][i % N];
+}
+
+// out BF16 [T, D], and the same rounded to e4m3 with a scale per 128; post [T, N], comb [T, N, N].
+extern "C" __global__ void __launch_bounds__(THREADS) finish(
+    const u16* x, const float* sums, const float* scale, const float* base, const u16* weight, u16* out, u8* rounded,
+    float* scales, float* post, float* comb, float eps, float hc_eps
+) {
+    __shared__ float m[COLUMNS], squares[32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x * 8;
+    const long long t = blockIdx.y;
+    const bool folds = blockIdx.x == 0, inside = column < D;
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    uint4 streams[N], norm = make_uint4(0, 0, 0, 0);
+    if (folds && inside) norm = *(const uint4*)(weight + column);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        streams[i] = make_uint4(0, 0, 0, 0);
+        if (folds && inside) streams[i] = *(const uint4*)(x + (t * N + i) * D + column);
+    }
+    const int first = folds ? 0 : N, last = folds ? N : ROWS;
+    for (int c = first + warp; c <= last; c += THREADS / 32) {
+        const int from = c == last ? ROWS : c;  // the sum of squares stands behind the last mixing weight
+        float sum = 0;
+        for (int s = lane; s < SLICES; s += 32) sum += sums[(t * SLICES + s) * COLUMNS + from];
+        sum = across(sum);
+        if (lane == 0) m[from] = sum;
+    }
+    __syncthreads();
+    const float factor = __fdiv_rn(1.0f, __fsqrt_rn(m[ROWS] / (N * D) + eps));
+    if (!folds) {
+        if (threadIdx.x == 0) {
+            float scaled[ROWS];
+#pragma unroll
+            for (int i = N; i < ROWS; i++) scaled[i] = m[i] * factor;
+            sinkhorn(scaled, scale, base, hc_eps, post + t * N, comb + t * N * N);
+        }
+        return;
+    }
+    float total[8] = {};
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const float pre = sigmoid(m[i] * factor * scale[0] + base[i]) + hc_eps;
+        const u32 pairs[4] = {streams[i].x, streams[i].y, streams[i].z, streams[i].w};
+#pragma unroll
+        for (int e = 0; e < 8; e++) total[e] += pre * (e % 2 ? high(pairs[e / 2]) : low(pairs[e / 2]));
+    }
+    float own = 0;
+#pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+        const u32 pair = pair_of(total[e], total[e + 1]);
+        total[e] = low(pair), total[e + 1] = high(pair);
+        own += total[e] * total[e] + total[e + 1] * total[e + 1];
+    }
+    own = across(own);
+    if (lane == 0) squares[warp] = own;
+    __syncthreads();
+    float all = 0;
+    for (int w = 0; w < THREADS / 32; w++) all += squares[w];
+    const float inverse = __fdiv_rn(1.0f, __fsqrt_rn(all / D + eps));
+    const u32 weights[4] = {norm.x, norm.y, norm.z, norm.w};
+    u32 result[4];
+    float most = 0;
+#pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+        result[e / 2] = pair_of(total[e] * inverse * low(weights[e / 2]), total[e + 1] * inverse * high(weights[e / 2]));
+        total[e] = low(result[e / 2]), total[e + 1] = high(result[e / 2]);
+        most = fmaxf(most, fmaxf(fabsf(total[e]), fabsf(total[e + 1])));
+    }
+    for (int d = 8; d; d >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+    const u32 bits = (__float_as_uint(__fdiv_rn(fmaxf(most, 1e-4f), 448.0f)) + 0x7fffff) & 0x7f800000;
+    const float shrink = __uint_as_float(0x7f000000 - bits);
+    u16 codes[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+            : "=h"(codes[e]) : "f"(total[2 * e + 1] * shrink), "f"(total[2 * e] * shrink));
+    if (!inside) return;
+    *(uint4*)(out + t * D + column) = make_uint4(result[0], result[1], result[2], result[3]);
+    *(uint2*)(rounded + t * D + column) = make_uint2(codes[0] | codes[1] << 16, codes[2] | codes[3] << 16);
+    if (threadIdx.x % 16 == 0) scales[t * (D / 128) + column / 128] = __uint_as_float(bits);
+}

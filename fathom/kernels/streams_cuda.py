@@ -1,0 +1,90 @@
+"""Hyper-connections for the tokens of a step on Hopper: the launcher of streams.cu. Reference 2.3.
+
+The torch reference is `streams`. `after` also projects its streams for the next mixing weights, if it knows them, and
+`before` leaves the rounded form of its result for the products that follow (`quant_triton.note`). A token's result does
+not depend on the others. Other shapes go to `streams_triton`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fathom.kernels import quant_triton, streams_triton
+from fathom.kernels.cuda import kernel
+
+_SLICE, _COLUMNS, _STREAMS, _WIDEST, _MOST = 64, 32, 4, 8192, 64
+_projected: Any = WeakIdKeyDictionary()
+"""Of streams that `after` has made: the mixing weights that it projected them with, and the sums."""
+
+
+def before(
+    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, weight: Tensor, eps: float, hc_eps: float, rounds: int
+) -> Any:
+    """`streams.before`; NotImplemented for others than four or less BF16 streams."""
+    if not _has(x, weight):
+        return streams_triton.before(x, fn, scale, base, weight, eps, hc_eps, rounds)
+    post = torch.empty((len(x), _STREAMS), dtype=torch.float32, device=x.device)
+    comb = torch.empty((len(x), _STREAMS, _STREAMS), dtype=torch.float32, device=x.device)
+    return _finished(x, fn, scale, base, weight, eps, hc_eps, rounds, post, comb), post, comb
+
+
+def after(y: Tensor, x: Tensor, post: Tensor, comb: Tensor, following: Tensor | None = None) -> Any:
+    """`streams.after`, likewise."""
+    if following is None or y.dtype != x.dtype or not _has(x, y):
+        return streams_triton.after(y, x, post, comb)
+    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    _projected[out] = following, _turn(x, following, (y.contiguous(), post, comb), out)
+    return out
+
+
+def folded(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, weight: Tensor, eps: float, hc_eps: float) -> Any:
+    """`streams.folded`, likewise."""
+    if not _has(x, weight):
+        return streams_triton.folded(x, fn, scale, base, weight, eps, hc_eps)
+    return _finished(x, fn, scale, base, weight, eps, hc_eps, 0, None, None)
+
+
+def _has(x: Tensor, other: Tensor) -> bool:
+    tokens, n, hidden = x.shape
+    fits = n == _STREAMS and 0 < tokens <= _MOST and hidden % 128 == 0 and hidden <= _WIDEST
+    types = x.dtype == other.dtype == torch.bfloat16 and x.is_cuda
+    return fits and types and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def _turn(x: Tensor, fn: Tensor, into: tuple[Tensor, Tensor, Tensor] | None, out: Tensor) -> Tensor:
+    """The sums of fn's rows over slices of the new streams, and of squares: float32 [T, slices, 32]."""
+    tokens, _, hidden = x.shape
+    sums = torch.empty((tokens, hidden // _SLICE, _COLUMNS), dtype=torch.float32, device=x.device)
+    run = kernel("streams.cu", "turn", x.device, D=hidden, ROWS=len(fn), ROUNDS=1)
+    y, post, comb = into or (None, None, None)
+    run((hidden // _SLICE, tokens), 128, x.device, *map(_pointer, (y, x, post, comb, out, fn, sums)))
+    return sums
+
+
+def _finished(
+    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, weight: Tensor, eps: float, hc_eps: float, rounds: int,
+    post: Tensor | None, comb: Tensor | None,
+) -> Tensor:  # fmt: skip
+    known, sums = _projected.get(x, (None, None))
+    x, (tokens, _, hidden) = x.contiguous(), x.shape
+    if known is not fn:
+        sums = _turn(x, fn, None, x)
+    out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
+    values = torch.empty((tokens, hidden), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((tokens, hidden // 128), dtype=torch.float32, device=x.device)
+    run = kernel("streams.cu", "finish", x.device, D=hidden, ROWS=len(fn), ROUNDS=rounds)
+    tensors = (x, sums, scale, base, weight, out, values, scales, post, comb)
+    numbers = ctypes.c_float(eps), ctypes.c_float(hc_eps)
+    threads = -(-hidden // 256) * 32
+    run((2 if rounds else 1, tokens), threads, x.device, *map(_pointer, tensors), *numbers)
+    quant_triton.note(out, values, scales)
+    return out
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
