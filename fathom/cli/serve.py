@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fathom.config import ModelConfig
     from fathom.encoding.codec import Codec
     from fathom.encoding.desk import Desk
-    from fathom.engine.engine import Memory
     from fathom.engine.llm import LLM
+    from fathom.engine.memory import Memory
     from fathom.server.books import Books
 
 _GB = 1_000_000_000
@@ -35,7 +35,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
     max_context: Annotated[int | None, typer.Option(min=1, help="The most tokens of prompt and answer.")] = None,
     max_seqs: Annotated[int, typer.Option(min=1, help="Requests computed at once; others wait.")] = 64,
-    kv_gb: Annotated[float, typer.Option(help="Memory of the model's cache, in GB.")] = 0.6,
+    kv_gb: Annotated[
+        float | None, typer.Option(help="Memory of the model's cache, in GB: 0.6, or what a GPU has free.")
+    ] = None,
     kv_host_gb: Annotated[float, typer.Option(help="Memory for prefixes that left the cache, in GB.")] = 0.5,
     kv_disk_dir: Annotated[Path | None, typer.Option(help="A folder for prefixes that survive a restart.")] = None,
     kv_disk_gb: Annotated[float, typer.Option(help="The most that this folder holds, in GB.")] = 4.0,
@@ -64,7 +66,7 @@ def serve(
     """Serve a model to SDKs and agents: OpenAI's two dialects, Anthropic's, completions; a chat page at /."""
     from fathom.encoding.desk import Desk
     from fathom.encoding.replay import ReplayStore
-    from fathom.engine.engine import Memory
+    from fathom.engine.memory import Memory
     from fathom.server.app import create_app
     from fathom.server.listen import bound, loopback
     from fathom.server.metrics import Metrics
@@ -80,7 +82,7 @@ def serve(
     listening = bound(host, port)
     folder = kv_disk_dir.expanduser() if kv_disk_dir else None
     memory = Memory(
-        device=int(kv_gb * _GB),
+        device=None if kv_gb is None else int(kv_gb * _GB),
         host=int(kv_host_gb * _GB),
         disk=int(kv_disk_gb * _GB),
         folder=folder / "kv" if folder else None,

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fathom.api import Event, FinishReason, GenerateRequest, Guide, SamplingParams, Usage
-from fathom.engine.engine import Core, Memory
+from fathom.engine.engine import Core
+from fathom.engine.memory import Memory
 from fathom.engine.request import Sequence
 from fathom.errors import ConfigError, ContextError, PromptError
 from fathom.model.layers import Numerics

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from fathom.encoding.codec import Codec
-from fathom.engine.engine import Memory
 from fathom.engine.llm import LLM
+from fathom.engine.memory import Memory
 from fathom.server.books import Books
 from fathom.server.database import open_database
 from fathom.server.keys import Keyring, Limits
