@@ -79,7 +79,7 @@ def select(q: Tensor, weights: Tensor, tokens: Tokens, memory: Memory, k: int, m
     """The k best entries of each token by the indexer's scores, as rows of `memory.entries`: int32 [B, k], in the order
     of the sequence, -1 behind the last. All while there are no more than k; equal scores go to the earlier entry.
 
-    q [B, h, d] as `store.prepare` made it; weights BF16 [B, h] after weights_proj; most: tokens of the longest sequence.
+    q [B, h, d] as `store.prepare` made it; weights BF16 [B, h] after weights_proj; most: tokens of the longest.
     """
     assert memory.keys is not None
     number = (tokens.positions.long() + 1) // 4
