@@ -25,7 +25,7 @@ _TINY = 2.0**-100
 
 
 def unpacked(rows: Rows, table: Tensor, slot: int, first: int, count: int) -> Tensor:
-    """Entries first .. first + count - 1 of the sequence in `slot` of a page table int32 [slots, pages]: BF16 [n, C]."""
+    """Entries first .. first + count - 1 of the sequence in `slot` (table int32 [slots, pages]): BF16 [count, C]."""
     return read_rows(table, rows, slot, first, count)
 
 
@@ -70,9 +70,9 @@ def attend(
 ) -> Tensor:
     """Attention over the window, the entries and a sink float32 [H], rotated back to position 0: BF16 [T, H, C].
 
-    q BF16 [T, H, C], normalised and rotated; near BF16 [m + T, C], the rows of positions start - m .. start + T - 1, m =
-    min(start, span - 1); entries BF16 [n, C], of which `chosen`, int32 [T, k] in order, -1 behind the last, or all that
-    are closed are looked at; turn float32 [T, P, 2]. Logits and sums are float32, probabilities are rounded to BF16.
+    q BF16 [T, H, C], normalised and rotated; near BF16 [m + T, C], the rows of positions start - m .. start + T - 1,
+    m = min(start, span - 1); entries BF16 [n, C], of which `chosen`, int32 [T, k] in order, -1 behind the last, or all
+    that are closed are looked at; turn float32 [T, P, 2]. Logits and sums are float32, probabilities are rounded.
     """
     before = len(near) - len(q)
     out = []
@@ -89,8 +89,8 @@ def attend(
 
 @beside("prefill_index_triton")
 def select(q: Tensor, weights: Tensor, keys: Tensor, scales: Tensor, start: int, k: int) -> Tensor:
-    """The k best entries of each query, of those that it sees, by the scores sum_h w[t, h] relu(q[t, h] . key[e]): int32
-    [T, k], ascending, -1 behind the last. All while there are no more than k; equal scores go to the lower entry.
+    """The k best entries of each query, of those that it sees, by the scores sum_h w[t, h] relu(q[t, h] . key[e]):
+    int32 [T, k], ascending, -1 behind the last. All while there are no more than k; equal scores go to the lower entry.
 
     q BF16 [T, h, d], of values on the FP4 grid; weights float32 [T, h], scaled; keys and scales as `keys` gives them.
     """

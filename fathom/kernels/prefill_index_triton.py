@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fathom.kernels.common_triton import PLAIN, from_e8m0, inverse_pow2, operand, options, power_of_two
+from fathom.kernels.common_triton import PLAIN, from_e8m0, inverse_pow2, options, power_of_two
 from fathom.kernels.stored import BLOCK, Keys, Rows
 
 SCRATCH = 1 << 12 if PLAIN else 1 << 28

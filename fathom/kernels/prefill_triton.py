@@ -1,12 +1,12 @@
 """Attention of a prompt's queries on tensor cores. Reference 2.6, 2.9.
 
 The torch reference is `prefill.attend`. A program has one query, or the few whose positions divide by their number to
-the same quotient, with all their heads: the columns of its products. It goes through one list of rows: the window of all
-its queries, from its far end, then the entries. So a query's rows, their order and their blocks follow from its position
-alone; a row that a query does not see adds exactly nothing to it.
+the same quotient, with all their heads: the columns of its products. It goes through one list of rows: the window of
+all its queries, from its far end, then the entries. So a query's rows, their order and their blocks follow from its
+position alone; a row that a query does not see adds exactly nothing to it.
 
-Rows are the first operand of both products (logits: rows by columns; results: C by columns), since few heads would leave
-tensor cores, which want 64 rows, half empty.
+Rows are the first operand of both products (logits: rows by columns; results: C by columns), since few heads would
+leave tensor cores, which want 64 rows, half empty.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -40,14 +40,14 @@ def attend(
     column = max(power_of_two(heads), 16)
     if q.dtype != torch.bfloat16 or width != power_of_two(width) or width < 64 or column > 64:
         return NotImplemented
-    if entries is None or not len(entries):
-        entries, chosen, ratio = near, None, 0
+    number = 0 if entries is None else len(entries)
+    entries = near if entries is None or not number else entries
     out = torch.empty((count, heads, width), dtype=q.dtype, device=q.device)
     together = max(1, COLUMNS // column) if ratio and chosen is None else 1
     tiles = (start + count - 1) // together - start // together + 1
     _attend[(tiles,)](
         q.contiguous(), near.contiguous(), entries.contiguous(), near if chosen is None else chosen.contiguous(), sink,
-        turn.contiguous(), out, start, count, len(near) - count, len(entries), heads, width**-0.5 * _LOG2_E,
+        turn.contiguous(), out, start, count, len(near) - count, number, heads, width**-0.5 * _LOG2_E,
         0 if chosen is None else chosen.shape[1], column, width, 2 * turn.shape[1], span, ratio, together, ROWS,
         chosen is not None, PLAIN, **options(q, _WARPS, 2),
     )  # fmt: skip
@@ -65,7 +65,7 @@ def _entry(chosen, t, at, K: tl.constexpr, CHOSEN: tl.constexpr):
 
 @triton.jit
 def _rotated_back(y, turn, t, real, N: tl.constexpr, C: tl.constexpr, ROPE: tl.constexpr):
-    """The last ROPE columns of y [N, C], BF16, turned by the conjugates of their queries' rotations [T, ROPE / 2, 2]."""
+    """The last ROPE columns of y [N, C], BF16, turned back by their queries' rotations [T, ROPE / 2, 2]."""
     even, odd = tl.split(tl.reshape(y.to(tl.float32), (N, C // 2, 2)))
     pair = tl.arange(0, C // 2) - (C - ROPE) // 2
     inside = real[:, None] & (pair >= 0)[None, :]
