@@ -221,6 +221,8 @@ def test_the_command_converts(source: Path, tmp_path: Path, capsys: pytest.Captu
         (["IN", "OUT", "--experts", "bf16"], "linears"),
         (["none", "OUT"], "none"),
         (["IN", "OUT", "--layers", "2"], "--random"),
+        (["IN", "OUT", "--seed", "2"], "--random"),
+        (["OUT", "--random", "--model", "IN", "--lossy"], "--lossy"),
         (["OUT", "--random"], "--model"),
         (["OUT", "--random", "--model", "huge"], "huge"),
         (["OUT", "--random", "--model", "IN", "--layers", "9"], "9"),
