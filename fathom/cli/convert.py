@@ -13,7 +13,9 @@ from fathom.errors import ConfigError
 
 
 def convert(
-    paths: Annotated[list[str], typer.Argument(metavar="IN OUT", help="Folders; with --random only OUT.")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="IN OUT", help="Folders, or small as IN; with --random only OUT.")
+    ],
     experts: Annotated[str | None, typer.Option(help="Store routed experts as fp4, fp8 or bf16.")] = None,
     linears: Annotated[str | None, typer.Option(help="Store the other quantised linears as fp8 or bf16.")] = None,
     lossy: Annotated[bool, typer.Option("--lossy", help="Round what the new format cannot hold.")] = False,
@@ -35,8 +37,9 @@ def convert(
     if len(paths) != 2:
         raise ConfigError(f"convert takes two folders, IN and OUT, got {len(paths)}")
     from fathom.checkpoint.convert import convert as run
+    from fathom.engine.llm import model_folder
 
-    source, folder = Path(paths[0]), Path(paths[1])
+    source, folder = model_folder(paths[0]), Path(paths[1])
     files = _dialect(source)
     run(source, folder, experts=experts, linears=linears, lossy=lossy, files=files, progress=Loading())
     _done(folder)
