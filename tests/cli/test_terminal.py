@@ -81,9 +81,12 @@ class Terminal:
 
 
 def _own_terminal() -> None:
+    """Ctrl-C reaches the program as it does at a terminal, also where this run was started in the background."""
     import fcntl
+    import signal
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
