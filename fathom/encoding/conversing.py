@@ -221,28 +221,36 @@ class Conversing(Exchange):
         return int(min(usual, context - prompt))
 
     def _guide(self) -> AnswerGuide:
-        grammars, constraint = self.desk.codec.grammars, self._request.inference_options.output_constraint
-        thinking, kind = self.thinking, constraint.kind if constraint else ""
+        grammars, schema = self.desk.codec.grammars, self._schema()
         if self._tools_allowed():
-            return self._call_guide(grammars)
-        matcher = None
-        if kind == "json":
-            matcher = grammars.json(json.loads(constraint.schema) if constraint.schema else {"type": "object"})
-        return AnswerGuide(grammars, thinking=thinking, budget=self.budget, matcher=matcher)
+            return self._call_guide(grammars, schema)
+        matcher = grammars.json(schema) if schema is not None else None
+        return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, matcher=matcher)
 
-    def _call_guide(self, grammars: Grammars) -> AnswerGuide:
-        """A forced call begins the answer; one of the model's own will is held to its form once it has begun."""
+    def _schema(self) -> Any:
+        """What the answer must be as JSON; None if it may be any text."""
+        given = self._request.conversation
+        if given.response_format == "json_object":
+            return {"type": "object"}
+        return given.response_schema if given.response_format == "json_schema" else None
+
+    def _call_guide(self, grammars: Grammars, schema: Any) -> AnswerGuide:
+        """A forced call begins the answer; one of the model's own will is held to its form once it has begun. Where
+        JSON is wanted, the answer is that or calls, without a word beside them.
+        """
         tools = self._request.conversation.tools
         chosen = [tool for tool in tools if not self.forced or tool.name in self.forced]
         functions = [Function(t.name, t.parameters or {}, t.name in self._strict) for t in chosen]
         in_block = self.options.starts_in_tool_calls
+        forced = self.forced is not None or in_block
         try:
-            if self.forced is not None or in_block:
-                matcher = grammars.calls(functions, "" if in_block else grammars.opening(whole=True))
+            if forced or schema is not None:
+                opening = "" if in_block else grammars.opening(whole=True)
+                matcher = grammars.calls(functions, opening, None if forced else schema)
                 return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, matcher=matcher)
             calls = grammars.calls(functions, grammars.opening(whole=False))
         except RequestError:
-            if self.forced is not None or any(function.strict for function in functions):
+            if forced or schema is not None or any(function.strict for function in functions):
                 raise
             calls = None  # a schema that cannot be enforced: the model is trusted, the guard still reads
         return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, calls=calls)
