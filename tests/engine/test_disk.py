@@ -123,6 +123,23 @@ def test_a_damaged_file_is_never_served_is_reported_and_is_written_again(tmp_pat
     disk.close()
 
 
+def test_a_folder_that_can_only_be_read_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole files are served though their time cannot be noted; a damaged one is no more than a miss."""
+    keys = filled(tmp_path)
+    spoiled = next(path for path in files(tmp_path) if path.name == keys[0].hex())
+    damaged(spoiled, "bit", random.Random(0))
+    disk = Disk(tmp_path, MODEL, BIG)
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(module.os, "utime", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    for _ in range(2):
+        assert [disk.get(k) for k in keys] == [None, *map(content, keys[1:])]
+    disk.close()
+
+
 def test_files_of_other_models_and_strangers_are_left_alone_and_reported(tmp_path: Path) -> None:
     keys = filled(tmp_path)
     (tmp_path / "holiday.jpg").write_bytes(b"x" * 100)
