@@ -36,6 +36,7 @@ class Conversing(Exchange):
         self.protocol, self.desk, self.key = protocol, desk, key
         self.model = desk.model(body.get("model"), protocol)
         self.budget = wishes.budget(body)
+        self._format = wishes.json_format(body) if protocol == "messages" and not desk.strict else None
         body = normalise.NORMALISERS[protocol]({**body, "model": _LIBRARY_MODEL}, desk.strict)
         self.forced = None if desk.strict else wishes.take_choice(body, protocol)
         self._keep_thinking = bool(body.pop(normalise.KEEP_THINKING, False))
@@ -161,9 +162,11 @@ class Conversing(Exchange):
         choice = given.tool_choice
         if self.forced is not None and not given.thinking_mode:
             choice = "required"
-        formats = {"response_schema": given.response_schema} if given.response_format == "json_schema" else {}
+        told = {"response_schema": given.response_schema} if given.response_format == "json_schema" else {}
         if given.response_format == "json_object":
-            formats = {"response_format": "json_object"}
+            told = {"response_format": "json_object"}
+        elif self._format is not None:
+            told = {"response_schema": self._format}
         tools = given.tools
         if self.forced and not given.thinking_mode:
             tools = [tool for tool in tools if tool.name in self.forced]
@@ -173,7 +176,7 @@ class Conversing(Exchange):
             tools=tools or None,
             tool_choice=choice,
             reasoning_effort=_APRIL.get(effort, effort) if april and effort else effort,
-            **formats,
+            **told,
         )
 
     def _known(self, question: str, message: Any) -> Turn | None:
@@ -232,7 +235,7 @@ class Conversing(Exchange):
         given = self._request.conversation
         if given.response_format == "json_object":
             return {"type": "object"}
-        return given.response_schema if given.response_format == "json_schema" else None
+        return given.response_schema if given.response_format == "json_schema" else self._format
 
     def _call_guide(self, grammars: Grammars, schema: Any) -> AnswerGuide:
         """A forced call begins the answer; one of the model's own will is held to its form once it has begun. Where
