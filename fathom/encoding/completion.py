@@ -52,12 +52,14 @@ class Completions(Exchange):
     def _ids(self) -> list[int]:
         tokenizer = self.desk.codec.tokenizer
         first = [tokenizer.added["<｜begin▁of▁sentence｜>"]]
+        self.desk.bounded(self.prompt)
         if not self.suffix:
             return first + tokenizer.encode(self.prompt)
         if not isinstance(self.suffix, str):
             raise RequestError(400, "suffix must be a string", param="suffix")
         if missing := [token for token in _FIM if token not in tokenizer.added]:
             raise RequestError(400, f"this model cannot fill in: its vocabulary has no {missing[0]}", param="suffix")
+        self.desk.bounded(self.suffix)
         begin, hole, end = (tokenizer.added[token] for token in _FIM)
         return [*first, begin, *tokenizer.encode(self.prompt), hole, *tokenizer.encode(self.suffix), end]
 

@@ -136,6 +136,7 @@ class Conversing(Exchange):
             rendered = codec.render_conversation(rebuilt)
         except (RuntimeError, ValueError) as error:
             raise PromptError(str(error)) from None
+        self.desk.bounded(rendered.prompt)
         self.prompt_ids = spliced(codec, rendered, rebuilding.turns, self._keep_thinking)
         stage = self.options.thinking_initial_stage
         self.thinking = bool(stage and stage.starts_in_reasoning())
@@ -186,7 +187,8 @@ class Conversing(Exchange):
         if self._keep_thinking and said.reasoning and not calls:
             tokenizer = self.desk.codec.tokenizer
             end = tokenizer.added[END_OF_THINKING]
-            return Turn.of([*tokenizer.encode(said.reasoning), end, *tokenizer.encode(said.text)], True, said)
+            reasoning, text = map(self.desk.bounded, (said.reasoning, said.text))
+            return Turn.of([*tokenizer.encode(reasoning), end, *tokenizer.encode(text)], True, said)
         return self.desk.replay.find(self._scope, question, [call.id for call in message.tool_calls or ()], said)
 
     # --- sampling
