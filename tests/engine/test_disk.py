@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from hashlib import shake_128
 from pathlib import Path
 
@@ -301,9 +302,9 @@ def test_no_kill_spoils_anything(tmp_path: Path) -> None:
 
 
 @pytest.mark.external
-def test_no_kill_of_fifty_spoils_anything(tmp_path: Path) -> None:
+def test_no_kill_of_fifty_spoils_anything(tmp_path: Path, say: Callable[[str], None]) -> None:
     """Half of them in a folder that is full, so that files are removed all the time."""
     read, begun = kills(tmp_path / "roomy", 25, 32 << 20)
     more, begun_too = kills(tmp_path / "tight", 25, 2 << 20)
-    print(f"50 kills of two writers each: {read + more} entries read, {begun + begun_too} unfinished files")
+    say(f"disk: 50 kills of two writers each, {read + more} entries read, {begun + begun_too} unfinished files")
     assert read > 500 and more > 100 and begun + begun_too > 10
