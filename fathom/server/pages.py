@@ -72,7 +72,7 @@ def _state(engine: Engine, desk: Desk, books: Books) -> dict[str, Any]:
         "tokens_per_second": metrics.tokens_per_second,
         "tiers": dict(status.tiers),
         "restored": dict(status.restored),
-        "notes": [*status.notes, *([f"ledger: {trouble}"] if trouble else [])],
+        "notes": [*status.notes, *filter(None, [desk.replay.trouble]), *([f"ledger: {trouble}"] if trouble else [])],
     }
 
 
