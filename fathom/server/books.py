@@ -141,7 +141,6 @@ class Account:
         metrics = self._books.metrics
         metrics.finished(row.protocol, finish, row.hit, row.miss, row.reasoning, row.output)
         metrics.charged(row.amount)
-        metrics.waiting_rows(self._books.meter.waiting if self._books.meter else 0)
         _log.info(json.dumps(_logged(row)))
 
     def _row(self, usage: Mapping[str, int], finish: str) -> Row:

@@ -178,6 +178,12 @@ def test_a_busy_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--bill-as", "gpt-2"], "no prices for 'gpt-2'"),
         (["--kv-gb", "0"], "too small"),
         (["--config", "missing.toml"], "--config missing.toml"),
+        (["--max-body-mb", "-1"], "--max-body-mb -1 is out of range"),
+        (["--max-body-mb", "nan"], "--max-body-mb nan is out of range"),
+        (["--grace", "inf"], "--grace inf is out of range"),
+        (["--kv-gb", "nan"], "--kv-gb nan is out of range"),
+        (["--cors", "chat.example.org"], "--cors 'chat.example.org' is no origin"),
+        (["--cors", "https://chat.example.org/"], "is no origin: write https://chat.example.org"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(

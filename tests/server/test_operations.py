@@ -218,6 +218,7 @@ def test_a_full_disk_under_database_and_journal_does_not_stop_serving(
     assert house.chat().status_code == 200
     assert eventually(lambda: house.books.meter.waiting == 0, 20)
     assert len(house.rows()) == 6 and house.site.raw.get("/ready").json()["ledger"]["trouble"] is None
+    assert "fathom_ledger_waiting_rows 0.0" in house.site.raw.get("/metrics").text
 
 
 def test_what_waits_in_memory_has_a_bound_too(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
