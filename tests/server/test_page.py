@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -257,7 +258,7 @@ def test_a_conversation_is_counted(page: Any, site: Site) -> None:
     assert 10 < int(page.locator("#speed").inner_text().split()[0]) <= 100
     last(page).locator("summary").click()
     page.locator("#input").focus()
-    last(page).locator(".foot").scroll_into_view_if_needed()
+    page.locator("#chat").evaluate("view => { view.scrollTop = view.scrollHeight; }")
     shot(page, "chat")
 
 
@@ -270,6 +271,27 @@ def test_the_second_view_by_keyboard(page: Any, site: Site) -> None:
     page.locator("#now dd").first.wait_for()
     assert page.locator("#tab-load").get_attribute("aria-selected") == "true"
     assert page.locator("#now dd").nth(2).inner_text().isdigit() and page.locator("#history polyline").count() == 2
+
+
+def test_axe_finds_nothing_that_a_screen_reader_would_stumble_over(page: Any, site: Site) -> None:
+    """Both views by the rules of axe-core: names, roles, landmarks, contrast, reach by keyboard."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+
+    def broken() -> list[str]:
+        found = axe.run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        return [f"{rule['id']}: {node['html']}" for rule in found for node in rule["nodes"]]
+
+    assert broken() == []
+    site.script(f"Hm.</think>**Look**:\n```\n{'x' * 200}\n```" + block(invoke("get_weather", ("city", "true", "Rome"))))
+    page.locator("#settings summary").click()
+    page.fill("#tools", '[{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]')
+    ask(page, "Weather?")
+    page.get_by_label("Result of get_weather").wait_for()
+    last(page).locator("summary").click()
+    assert broken() == []
+    page.locator("#tab-load").click()
+    page.locator("#now dd").first.wait_for()
+    assert broken() == []
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +336,8 @@ def test_the_second_view_of_a_server_with_keys(browser: Any, house: tuple[Site, 
         for thread in busy:
             thread.start()
             page.wait_for_timeout(1000)
+        page.locator("#now dd").first.filter(has_text=re.compile("[1-9]")).wait_for()
+        shot(page, "load")
         for thread in busy:
             while thread.is_alive():
                 page.wait_for_timeout(100)
@@ -325,4 +349,3 @@ def test_the_second_view_of_a_server_with_keys(browser: Any, house: tuple[Site, 
         given = [text.split()[0] for text in page.locator(".tier span:last-child").all_inner_texts()]
         assert given == [f"{n:,}" for n in status["restored"].values()]
         assert sum(status["restored"].values()) == status["ledger"][0]["hit"] > 0
-        shot(page, "load")

@@ -316,7 +316,7 @@ function show(view) {
     $(`tab-${name}`).setAttribute("aria-selected", chosen);
     $(`tab-${name}`).tabIndex = chosen ? 0 : -1;
   }
-  document.querySelector("footer").hidden = view !== "chat";
+  for (const only of ["footer", ".skip"]) document.querySelector(only).hidden = view !== "chat";
   load.watch(view === "load");
 }
 
