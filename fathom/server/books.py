@@ -88,7 +88,7 @@ class Books:
         """Usage by key; who has a key sees its own."""
         if self.meter is None:
             return []
-        names = {k.id: f"{k.name} ({k.id})" for k in self.keyring.list()} if self.keyring else {}
+        names = {k.id: f"{k.name} ({k.id})" for k in self.keyring.known()} if self.keyring else {}
         totals: Mapping[str | None, Totals] = self.meter.totals
         return [
             {"key": names.get(id or "", id)} | total.shown()

@@ -238,6 +238,17 @@ def test_what_waits_in_memory_has_a_bound_too(house: House, monkeypatch: pytest.
     assert len(house.rows()) == 4
 
 
+def test_keys_that_are_known_are_served_and_shown_while_the_database_is_away(house: House) -> None:
+    assert house.chat().status_code == 200 and len(house.rows()) == 1
+    with house.database.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE keys RENAME TO elsewhere"))
+    house.books.keyring._read_at = float("-inf")
+    assert house.chat().status_code == 200
+    shown = house.site.raw.get("/status", headers=house.headers())
+    assert shown.status_code == 200
+    assert [(row["key"].split()[0], row["requests"]) for row in shown.json()["ledger"]] == [("ann", 2)]
+
+
 # --- a clock that jumps
 
 

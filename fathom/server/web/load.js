@@ -25,7 +25,7 @@ export class Load {
   }
 
   async read() {
-    const response = await fetch("status", { headers: this.headers() });
+    const response = await fetch("status", { headers: this.headers(), signal: AbortSignal.timeout(10_000) });
     const status = await response.json();
     if (!response.ok) throw new Error(status.error?.message || `status ${response.status}`);
     this.known(status);
