@@ -185,6 +185,7 @@ class Meter:
                 del self._waiting[row.id]
             if not self._waiting:
                 os.ftruncate(self._journal, 0)
+                self._unwritten = None
             elif os.fstat(self._journal).st_size > max(self._limit // 2, 2 * len(self._waiting) * _ROW_BYTES):
                 self._shorten()
 

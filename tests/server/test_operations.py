@@ -215,8 +215,9 @@ def test_a_full_disk_under_database_and_journal_does_not_stop_serving(
     monkeypatch.setattr(metering.os, "write", write)
     sa.event.listen(house.database, "connect", lambda raw, _: raw.execute("PRAGMA max_page_count = 1073741823"))
     house.database.dispose()
-    assert house.chat().status_code == 200
     assert eventually(lambda: house.books.meter.waiting == 0, 20)
+    assert house.site.raw.get("/ready").json()["ledger"] == {"waiting": 0, "trouble": None}
+    assert house.chat().status_code == 200
     assert len(house.rows()) == 6 and house.site.raw.get("/ready").json()["ledger"]["trouble"] is None
     assert "fathom_ledger_waiting_rows 0.0" in house.site.raw.get("/metrics").text
 
