@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -72,6 +73,12 @@ def serve(
     from fathom.server.metrics import Metrics
     from fathom.server.settings import ServerSettings
 
+    _check_range("--max-body-mb", max_body_mb, 0.001, 1e6)
+    _check_range("--grace", grace, 0, 86_400)
+    for flag, gigabytes in (("--kv-gb", kv_gb), ("--kv-host-gb", kv_host_gb), ("--kv-disk-gb", kv_disk_gb)):
+        _check_range(flag, gigabytes, 0, 1e6)
+    for origin in cors or ():
+        _check_origin(origin)
     settings = ServerSettings(max_requests=max_requests, max_body=int(max_body_mb * 1e6), cors=tuple(cors or ()))
     books = _open_books(database or default_database(), price_list or [])
     if not allow_open and not loopback(host) and not len(books.keyring or ()):
@@ -100,6 +107,18 @@ def serve(
     _run(listening, create_app(llm, desk, settings=settings, books=books), llm, books, desk, grace)
 
 
+def _check_range(flag: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"{flag} {value:g} is out of range: it must be from {least:g} to {most:,.0f}")
+
+
+def _check_origin(origin: str) -> None:
+    found = urlsplit(origin)
+    whole = found.scheme and found.netloc and origin == f"{found.scheme}://{found.netloc}"
+    if origin not in ("*", "null") and not whole:
+        raise ConfigError(f"--cors '{origin}' is no origin: write https://chat.example.org, or * for all")
+
+
 def _load(
     model: str, dialect: str | None, device: str, threads: int | None, max_context: int | None, memory: Memory
 ) -> tuple[LLM, Codec]:
@@ -120,12 +139,16 @@ def _load(
 def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk, grace: float) -> None:
     from fathom.server.listen import Listener, Patience
 
+    if books.keyring:
+        books.keyring.watch()
     print(_welcome(listening, desk.served, bool(len(books.keyring or ()))), file=sys.stderr, flush=True)
     try:
         Listener(app, Patience(end=grace)).run(sockets=[listening])
     finally:
         llm.close()
         desk.replay.close()
+        if books.keyring:
+            books.keyring.close()
         if books.meter:
             books.meter.close()
 
@@ -147,9 +170,11 @@ def _open_books(url: str, lists: Sequence[Path]) -> Books:
 
 def _journal(url: str) -> Path:
     """Where finished requests wait for the database: beside an SQLite file, else in the user's data."""
-    if url.startswith("sqlite:///"):
-        return Path(url.removeprefix("sqlite:///") + ".journal")
-    name = sha256(url.encode()).hexdigest()[:16]
+    from fathom.server.database import place, sqlite_file
+
+    if file := sqlite_file(url):
+        return file.with_name(file.name + ".journal")
+    name = sha256(place(url).encode()).hexdigest()[:16]
     return Path.home() / ".local" / "share" / "fathom" / f"{name}.journal"
 
 

@@ -36,7 +36,8 @@ def router(engine: Engine, desk: Desk, books: Books) -> APIRouter:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        return Response(books.metrics.text(), media_type=CONTENT_TYPE)
+        waiting = books.meter.waiting if books.meter else 0
+        return Response(books.metrics.text(waiting), media_type=CONTENT_TYPE)
 
     @routes.get("/status")
     async def status(request: Request) -> Response:
