@@ -140,6 +140,16 @@ def test_words_of_other_reports() -> None:
     assert "transformers 5.17" in text and "27.3" in text and "27.30" in text
 
 
+def test_the_page_of_all_figures() -> None:
+    from benchmarks.gpu_page import figures, page
+
+    parts = {"long": decode_report(), "first": decode_report(first_token={"seconds": 31.0, "sizes": [1, 2]})}
+    del parts["first"]["rows"]
+    assert figures(parts)["decode 1048576 x 8, fp8 keys, ms"] == pytest.approx((5.12, 5.66, 2.56))
+    text = "\n".join(page(parts))
+    assert "## long" in text and "First token 31.0 s" in text and "| 2 " in text
+
+
 @pytest.fixture
 def clone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pytest.importorskip("transformers")
