@@ -30,6 +30,7 @@ def take(parts: Mapping[str, Part]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", help=f"some of {','.join(parts)}")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu.json and gpu.md")
+    parser.add_argument("--commit", help="of this tree, where it is no clone")
     given = parser.parse_args()
     names = given.only.split(",") if given.only else list(parts)
     if unknown := set(names) - set(parts):
@@ -37,6 +38,7 @@ def take(parts: Mapping[str, Part]) -> None:
     for name in names:
         begin = time.perf_counter()
         report = parts[name]()
+        report["commit"] = given.commit or report["commit"]
         kept = load(given.out) | {name: {**report, "took": time.perf_counter() - begin}}
         store(given.out, kept)
         print("\n".join(_shown(name, kept[name])), flush=True)

@@ -219,7 +219,7 @@ def launches(call: Callable[[], object]) -> list[dict[str, Any]]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         call()
         torch.cuda.synchronize()
     found = [(e.key, e.count, e.self_device_time_total / 1e6) for e in profiled.key_averages()]
