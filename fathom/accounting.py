@@ -250,8 +250,10 @@ def row_bytes(config: ModelConfig) -> int:
     return values + 2 * config.qk_rope_head_dim + 8 * _blocks(_blocks(values, 64), 8)
 
 
-def index_key_bytes(config: ModelConfig) -> int:
-    """One indexer key: FP4 values and a scale byte per 32. Reference 5.2."""
+def index_key_bytes(config: ModelConfig, fp8: bool = False) -> int:
+    """One indexer key: FP4 values and a scale byte per 32, or the same values as e4m3 and one F32 scale. 5.2."""
+    if fp8:
+        return config.index_head_dim + WIDTH["F32"]
     return config.index_head_dim // 2 + _blocks(config.index_head_dim, FP4_BLOCK)
 
 
@@ -261,11 +263,11 @@ def kv_bytes_per_token(config: ModelConfig) -> float:
     return count["csa"] * (row + index_key_bytes(config)) / 4 + count["hca"] * row / 128
 
 
-def kv_bytes(config: ModelConfig, context: int) -> int:
+def kv_bytes(config: ModelConfig, context: int, fp8_keys: bool = False) -> int:
     """Bytes of the rows that a sequence of `context` tokens keeps: whole windows, closed blocks, no tails. 5.3."""
     count, row = layer_kinds(config), row_bytes(config)
     windows = config.num_hidden_layers * config.sliding_window * row
-    csa = count["csa"] * (context // 4) * (row + index_key_bytes(config))
+    csa = count["csa"] * (context // 4) * (row + index_key_bytes(config, fp8_keys))
     return windows + csa + count["hca"] * (context // 128) * row
 
 

@@ -230,7 +230,8 @@ _TOP = {
 }
 
 
-def _their_name(name: str) -> str:
+def their_name(name: str) -> str:
+    """The name that transformers has for a parameter of ours."""
     if name in _TOP:
         return _TOP[name]
     layers, index, rest = name.split(".", 2)
@@ -250,7 +251,7 @@ def transformers_model(c: Config, weights: Weights) -> nn.Module:
     with torch.device("meta"):
         model = DeepseekV4ForCausalLM(config)
     model = _materialised(model, config)
-    state = {_their_name(k): v for k, v in stacked(weights).items() if not k.startswith("mtp.")}
+    state = {their_name(k): v for k, v in stacked(weights).items() if not k.startswith("mtp.")}
     model.load_state_dict(state, strict=True)
     return model.eval()
 

@@ -19,6 +19,7 @@ from fathom.kernels.quant import FP4_BLOCK, WEIGHT_BLOCK
 from fathom.model.layers import Linear, Numerics
 from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
+from fathom.parallel.plan import rank_model
 
 
 def synthetic_model(
@@ -27,13 +28,15 @@ def synthetic_model(
     device: torch.device | str,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    tp: int = 1,
 ) -> Transformer:
     """A frozen model on `device`: linears FP8, experts FP4, the rest BF16 or float32 as published.
 
+    tp: as one of so many ranks holds it (`parallel.plan`). Raises ConfigError where it cannot be cut so.
     progress: called with the bytes of every module once it is there.
     """
     with torch.device("meta"):
-        model = Transformer(config, numerics)
+        model = rank_model(config, numerics, tp)
     random = torch.Generator(device).manual_seed(seed)
     for path, module in model.named_modules():
         _fill(path, module, random)

@@ -14,49 +14,136 @@ from fathom.errors import CheckpointError, ConfigError
 
 MODES = ("decode", "prefill", "kernels")
 PEERS = ("transformers",)
-_FOREIGN = {"decode": (), "prefill": ("tokens",), "kernels": ("context", "batch", "tokens", "peer")}
-"""The flags that mean nothing in a mode."""
+KEYS = ("fp8", "fp4")
+_MODE_FOREIGN = {"decode": ("chunk",), "prefill": ("tokens",), "kernels": ("context", "batch", "tokens", "peer")}
+_CPU_FOREIGN = ("layers", "ratios", "tp", "rank-of-two", "index-keys", "chunk")
+_GPU_FOREIGN = ("tokens", "threads", "dtype")
+_PROMPT_FOREIGN = ("batch", "peer")
+"""The flags that mean nothing in a mode, on a CPU, on a GPU, and to prefill there."""
+PEER_CONTEXTS = (1024, 8192)
+_RUNS = 5
+_CONTEXTS: dict[str, tuple[int, ...]] = {"decode": (4096,), "prefill": (32768,)}
+"""Runs on a CPU, and tokens on a GPU (with a peer, without), unless flags say it."""
 
 
 def bench(
     mode: Annotated[str, typer.Argument(help="What to measure: decode, prefill or kernels.")],
-    model: Annotated[str, typer.Option(help="A checkpoint's folder, or small; kernels: flash and pro too.")] = "small",
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of each prompt; 512 if absent.")] = None,
+    model: Annotated[
+        str, typer.Option(help="A checkpoint's folder, or small; flash and pro for --synthetic.")
+    ] = "small",
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of each prompt; 512 if absent, GPU: 4096.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences side by side; 1 if absent.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens decoded in a run; 64 if absent.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Runs, of which the median counts.")] = 5,
+    tokens: Annotated[int | None, typer.Option(min=1, help="CPU: tokens decoded in a run; 64 if absent.")] = None,
+    runs: Annotated[int | None, typer.Option(min=1, help="Runs, of which the median counts; 5, GPU: 30.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; if absent, one and all cores are tried.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Compute in fp32 or bf16; if absent, both are tried.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="CPU: compute in fp32 or bf16; if absent, both are tried.")] = None,
     peer: Annotated[str | None, typer.Option(help="Measure the same weights in transformers, in turns.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; with --synthetic, cuda.")] = None,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="GPU: random weights of the model's sizes.")] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="Synthetic: only so many layers.")] = None,
+    ratios: Annotated[str | None, typer.Option(help="Synthetic: layers of these kinds: 0,4,128.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="GPU: ranks of tensor parallelism; 1 if absent.")] = None,
+    rank_of_two: Annotated[bool, typer.Option("--rank-of-two", help="Synthetic: one rank of two, alone.")] = False,
+    index_keys: Annotated[str | None, typer.Option(help="GPU: store index keys as fp8 (faster) or fp4.")] = None,
+    chunk: Annotated[int | None, typer.Option(min=1, help="GPU prefill: tokens at a time; 8192 if absent.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object as the last line.")] = False,
 ) -> None:
     """Measure the speed of a model on this machine."""
-    given = {"context": context, "batch": batch, "tokens": tokens, "peer": peer}
+    given = {"context": context, "batch": batch, "tokens": tokens, "runs": runs, "threads": threads, "dtype": dtype}
+    given |= {"peer": peer, "layers": layers, "ratios": ratios, "tp": tp, "rank-of-two": rank_of_two or None}
+    given |= {"index-keys": index_keys, "chunk": chunk}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    _check(mode, chosen, dtype)
+    on_gpu = synthetic or (device or "cpu") != "cpu"
+    _check(mode, chosen, on_gpu)
+    if on_gpu:
+        _measure_on_gpu(mode, model, device, synthetic, chosen, as_json)
+        return
     if mode == "kernels":
-        report = _ops(model, dtype or "fp32", threads, runs)
+        report = _ops(model, dtype or "fp32", threads, runs or _RUNS)
     else:
         from fathom.cli.bench_run import Job, measure
 
-        job = Job(mode=mode, runs=runs, threads=threads, dtype=dtype, **chosen)
-        report = measure(_folder(model), job)
+        report = measure(_folder(model), Job(mode=mode, **{"runs": _RUNS, **chosen}))
     report = {"model": model, **report}
     print("\n".join([heading(report), "", *table(report), *remarks(report)]))
     if as_json:
         print(json.dumps(report))
 
 
-def _check(mode: str, chosen: dict[str, Any], dtype: str | None) -> None:
+def _check(mode: str, chosen: dict[str, Any], on_gpu: bool) -> None:
     if mode not in MODES:
         raise ConfigError(f"unknown benchmark '{mode}': use {', '.join(MODES)}")
-    for name in _FOREIGN[mode]:
+    if on_gpu and mode == "kernels":
+        raise ConfigError("bench kernels measures on a CPU; on a GPU run `python benchmarks/kernels.py` from a clone")
+    for name in _MODE_FOREIGN[mode]:
         if name in chosen:
             raise ConfigError(f"--{name} means nothing to bench {mode}: leave it out")
-    if dtype not in (None, "fp32", "bf16"):
-        raise ConfigError(f"--dtype '{dtype}' is unknown: use fp32 or bf16")
-    if chosen.get("peer", PEERS[0]) not in PEERS:
-        raise ConfigError(f"--peer '{chosen['peer']}' is unknown: use {', '.join(PEERS)}")
+    _check_place(mode, chosen, on_gpu)
+    known = {"dtype": ("fp32", "bf16"), "peer": PEERS, "index-keys": KEYS}
+    for name, values in known.items():
+        if chosen.get(name, values[0]) not in values:
+            raise ConfigError(f"--{name} '{chosen[name]}' is unknown: use {' or '.join(values)}")
+
+
+def _check_place(mode: str, chosen: dict[str, Any], on_gpu: bool) -> None:
+    foreign = _CPU_FOREIGN if not on_gpu else _GPU_FOREIGN + (_PROMPT_FOREIGN if mode == "prefill" else ())
+    for name in foreign:
+        if name in chosen:
+            place, hint = ("a GPU", "") if on_gpu else ("a CPU", ", or add --device cuda")
+            raise ConfigError(f"--{name} means nothing to bench {mode} on {place}: leave it out{hint}")
+    if on_gpu and "peer" in chosen and "batch" in chosen:
+        raise ConfigError("--batch means nothing beside --peer on a GPU, which runs one sequence: leave it out")
+
+
+def _measure_on_gpu(
+    mode: str, model: str, device: str | None, synthetic: bool, chosen: dict[str, Any], as_json: bool
+) -> None:
+    from fathom.cli.bench_device import DeviceJob, measure
+    from fathom.cli.bench_table import lines
+
+    if device == "cpu":
+        raise ConfigError("--synthetic makes a model on a GPU: leave out --device cpu")
+    asked: dict[str, Any] = {
+        "mode": mode,
+        "model": model,
+        "synthetic": synthetic,
+        "device": device or "cuda",
+        "ranks": _ranks(chosen),
+    }
+    asked["ratios"] = _ratios(chosen.pop("ratios", None), "layers" in chosen)
+    asked["keys"] = chosen.pop("index-keys", KEYS[0])
+    asked["contexts"] = _contexts(mode, chosen)
+    report = measure(DeviceJob(**asked, **chosen))
+    print("\n".join(lines(report)))
+    if as_json:
+        print(json.dumps(report))
+
+
+def _contexts(mode: str, chosen: dict[str, Any]) -> tuple[int, ...]:
+    if "context" in chosen:
+        return (chosen.pop("context"),)
+    return PEER_CONTEXTS if "peer" in chosen else _CONTEXTS[mode]
+
+
+def _ranks(chosen: dict[str, Any]) -> int:
+    """Of how many ranks the model is one."""
+    tp, one = chosen.pop("tp", 1), chosen.pop("rank-of-two", False)
+    if one and tp not in (1, 2):
+        raise ConfigError(f"--rank-of-two measures one rank of two: leave out --tp {tp}")
+    if tp > 1 and not one:
+        raise ConfigError(f"--tp {tp} over several GPUs is not there yet: --rank-of-two measures one rank of two alone")
+    return 2 if one else 1
+
+
+def _ratios(text: str | None, layers: bool) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if layers:
+        raise ConfigError("--ratios says how many layers there are: leave out --layers")
+    parts = text.split(",")
+    if not set(parts) <= {"0", "4", "128"}:
+        raise ConfigError(f"--ratios '{text}' is no list of compression ratios: write 0,4,128")
+    return tuple(int(part) for part in parts)
 
 
 def _folder(model: str) -> Path:

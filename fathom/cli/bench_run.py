@@ -69,7 +69,7 @@ def measure(folder: Path, job: Job) -> dict[str, Any]:
     """
     config = ModelConfig.load(folder)
     prompts = _prompts(config, job)
-    script = _peer_script(job.peer) if job.peer else None
+    script = peer_script(job.peer) if job.peer else None
     load, where = os.getloadavg(), machine()
     with ExitStack() as stack:
         weights = stack.enter_context(_export(folder)) if script else folder
@@ -240,7 +240,7 @@ def _export(folder: Path) -> Iterator[Path]:
         yield Path(temporary) / "bf16"
 
 
-def _peer_script(peer: str) -> Path:
+def peer_script(peer: str) -> Path:
     """The program that is the peer's side. Raises ConfigError."""
     from importlib.util import find_spec
 

@@ -76,7 +76,7 @@ def serve(
     _check_range("--max-body-mb", max_body_mb, 0.001, 1e6)
     _check_range("--grace", grace, 0, 86_400)
     for flag, gigabytes in (("--kv-gb", kv_gb), ("--kv-host-gb", kv_host_gb), ("--kv-disk-gb", kv_disk_gb)):
-        _check_range(flag, gigabytes, 0, 1e6)
+        _check_range(flag, gigabytes or 0, 0, 1e6)
     for origin in cors or ():
         _check_origin(origin)
     settings = ServerSettings(max_requests=max_requests, max_body=int(max_body_mb * 1e6), cors=tuple(cors or ()))

@@ -1,0 +1,64 @@
+"""Decode of V4-Flash on one H200: random weights of every size of the real ones, one rank of two.
+
+    python benchmarks/decode.py [--only first,short,long,many,packed,peer] [--out FOLDER]
+
+first: from weights in place to the first token; short: 4K; long: 128K and 1M; many: 32 sequences; packed: index keys
+as FP4; peer: five whole layers beside transformers. The weights are made in seconds; a part is one load of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from gpu_page import take
+
+from fathom.cli.bench_decode import DecodeBench
+from fathom.cli.bench_device import DeviceJob, asked, gpu, measure, where, whole_config
+from fathom.engine.graphs import SIZES
+
+K, M = 1 << 10, 1 << 20
+
+
+def bench(keys: str = "fp8") -> tuple[DecodeBench, dict[str, Any]]:
+    """One rank's model in place, and what a report says of it."""
+    job = DeviceJob(mode="decode", model="flash", synthetic=True, contexts=(), ranks=2, keys=keys)
+    config, place = whole_config(job), gpu(job.device)
+    made = DecodeBench(job, config, place)
+    return made, {**asked(job, config), **where(place), **made.about}
+
+
+def rows(cases: Sequence[tuple[int, int]], keys: str = "fp8") -> dict[str, Any]:
+    """A part of several steps: (context, sequences); the launches of the last one."""
+    made, said = bench(keys)
+    measured = [made.row(context, batch, breakdown=(context, batch) == cases[-1]) for context, batch in cases]
+    return {**said, "rows": measured, "launches": made.launches}
+
+
+def first() -> dict[str, Any]:
+    """The part about the first token."""
+    made, said = bench()
+    return {**said, "first_token": made.first_token(SIZES)}
+
+
+def peer() -> dict[str, Any]:
+    """The part beside transformers: whole layers, SWA, CSA, HCA, CSA, HCA."""
+    ratios = (0, 4, 128, 4, 128)
+    job = DeviceJob(
+        mode="decode", model="flash", synthetic=True, contexts=(K, 8 * K), ratios=ratios, peer="transformers"
+    )
+    return measure(job)
+
+
+PARTS = {
+    "first": first,
+    "short": partial(rows, ((4 * K, 8), (4 * K, 32), (4 * K, 1))),
+    "long": partial(rows, ((128 * K, 1), (128 * K, 8), (M, 1))),
+    "many": partial(rows, ((128 * K, 32), (4 * K, 8))),
+    "packed": partial(rows, ((4 * K, 1), (M, 1)), "fp4"),
+    "peer": peer,
+}
+
+if __name__ == "__main__":
+    take(PARTS)

@@ -1,0 +1,132 @@
+"""What `decode.py` and `prefill.py` share: parts of a measurement that are kept one by one, and the page of them all.
+
+A part is taken in under two minutes and replaces the part of its name in results/gpu.json; the page, results/gpu.md, is
+written anew from whatever parts there are, each under the machine, the versions and the commit that it was taken with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fathom.cli.bench_table import breakdown, grid, heading, remarks, rows_of
+
+RESULTS = Path(__file__).parent / "results"
+Part = Callable[[], dict[str, Any]]
+
+TARGETS: Mapping[str, tuple[float | None, float | None]] = {}
+"""Asked and stretch by what the page calls a figure (`figures`); milliseconds, tokens a second, seconds, or times."""
+
+
+def take(parts: Mapping[str, Part]) -> None:
+    """The command line: take the named parts, or all, and write both files after each."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", help=f"some of {','.join(parts)}")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu.json and gpu.md")
+    parser.add_argument("--commit", help="of this tree, where it is no clone")
+    given = parser.parse_args()
+    names = given.only.split(",") if given.only else list(parts)
+    if unknown := set(names) - set(parts):
+        parser.error(f"unknown part {min(unknown)}: use {', '.join(parts)}")
+    for name in names:
+        begin = time.perf_counter()
+        report = parts[name]()
+        report["commit"] = given.commit or report["commit"]
+        kept = load(given.out) | {name: {**report, "took": time.perf_counter() - begin}}
+        store(given.out, kept)
+        print("\n".join(_shown(name, kept[name])), flush=True)
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The parts that there are, in the folder or else in the repository."""
+    for path in (folder / "gpu.json", RESULTS / "gpu.json"):
+        if path.exists():
+            kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return kept
+    return {}
+
+
+def store(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Both files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("gpu.json", json.dumps(parts, indent=1)), ("gpu.md", "\n".join(page(parts)))):
+        aside = folder / f".{name}"
+        aside.write_text(text + "\n", encoding="utf-8")
+        aside.replace(folder / name)
+
+
+def page(parts: Mapping[str, Any]) -> Iterator[str]:
+    """The page: figures in one table, then every part with its own."""
+    yield "# Speed on one H200"
+    yield ""
+    yield from _NOTES
+    cells = [_figure(name, *values) for name, values in figures(parts).items()]
+    yield from grid(("what", "measured", "with sums", "floor", "x floor", "asked", "stretch"), cells)
+    for name, report in parts.items():
+        yield ""
+        yield from _shown(name, report)
+
+
+_NOTES = (
+    "Written by `python benchmarks/decode.py` and `python benchmarks/prefill.py`, part by part (`--only`); all figures",
+    "are in `gpu.json`, medians. One rank of two computes its share of the model alone on one GPU: the sums over both",
+    "are counted by measured rates and stand apart. Floors: bytes at 4.3 TB/s, FLOPs at 1,580 (FP8) and 790 TFLOP/s.",
+    "",
+)
+
+
+def figures(parts: Mapping[str, Any]) -> dict[str, tuple[float, float | None, float | None]]:
+    """Every figure's name, and what was measured, the same with the sums over ranks, and its floor."""
+    found: dict[str, tuple[float, float | None, float | None]] = {}
+    for report in parts.values():
+        for row in report.get("rows", ()):
+            found |= _figures_of(report, row)
+        if first := report.get("first_token"):
+            found[f"first token, s, graphs of {len(first['sizes'])} sizes"] = (first["seconds"], None, None)
+    return found
+
+
+def _figures_of(report: dict[str, Any], row: dict[str, Any]) -> dict[str, tuple[float, float | None, float | None]]:
+    if report.get("peer"):
+        return {f"decode after {row['context']}, times {report['peer']}": (row["ratio"], None, None)}
+    sums = row["seconds"] + row["all_reduce_seconds"]
+    if report["mode"] == "prefill":
+        tokens = row["context"]
+        return {f"prefill of {tokens}, tok/s": (tokens / row["seconds"], tokens / sums, tokens / row["floor_seconds"])}
+    name = f"decode {row['context']} x {row['batch']}, {report['keys']} keys, ms"
+    kept = {f"KV of a sequence of {row['context']}, {report['keys']} keys, GB": (
+        row["kv_bytes"] / 1e9, None, row["kv_counted"] / 1e9
+    )}  # fmt: skip
+    return {name: (1e3 * row["seconds"], 1e3 * sums, 1e3 * row["floor_seconds"])} | kept
+
+
+def _figure(name: str, measured: float, sums: float | None, floor: float | None) -> tuple[str, ...]:
+    ratio = None if floor is None else max(measured / floor, floor / measured)
+    return (name, *map(_number, (measured, sums, floor, ratio, *TARGETS.get(name, (None, None)))))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _shown(name: str, report: dict[str, Any]) -> Iterator[str]:
+    yield f"## {name}"
+    yield ""
+    yield from heading(report)
+    yield ""
+    if "rows" in report:
+        yield from grid(*rows_of(report))
+        yield ""
+        yield from remarks(report)
+    if first := report.get("first_token"):
+        yield f"First token {first['seconds']:.1f} s after the weights were in place; graphs: {first['sizes']}."
+    if report.get("launches"):
+        yield ""
+        yield from breakdown(report["launches"])

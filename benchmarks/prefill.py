@@ -1,0 +1,34 @@
+"""Prefill of V4-Flash on one H200: random weights of every size of the real ones, one rank of two.
+
+    python benchmarks/prefill.py [--only 32k,1m,1m-whole] [--out FOLDER]
+
+1m: eight chunks of a prompt of 1,048,576 tokens, at evenly spaced depths; 1m-whole: all of it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from gpu_page import take
+
+from fathom.cli.bench_device import DeviceJob, asked, gpu, inference, where, whole_config
+from fathom.cli.bench_prefill import PrefillBench
+
+K, M = 1 << 10, 1 << 20
+
+
+def row(tokens: int, runs: int, samples: int = 0) -> dict[str, Any]:
+    """A part of one prompt."""
+    job = DeviceJob(mode="prefill", model="flash", synthetic=True, contexts=(), ranks=2)
+    config, place = whole_config(job), gpu(job.device)
+    bench = PrefillBench(job, config, place)
+    with inference():
+        measured = bench.row(tokens, runs, samples)
+    return {**asked(job, config), **where(place), **bench.about, "rows": [measured]}
+
+
+PARTS = {"32k": partial(row, 32 * K, 3), "1m": partial(row, M, 1, 8), "1m-whole": partial(row, M, 1)}
+
+if __name__ == "__main__":
+    take(PARTS)

@@ -1,0 +1,160 @@
+"""Decode on a GPU: the step that an engine replays as a graph, over a cache filled to a context.
+
+A step's time is that of the graph alone, head included, sampling and the host left out. The experts that its tokens
+chose are counted, since fewer of them would be less to read: `floor_seconds` is for tokens that choose independently,
+`own_floor_seconds` for what this step's did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fathom.cli.bench_device import DeviceJob, complete_launches, filled, inference, launches, model_on, timed
+from fathom.cli.bench_floor import all_reduce_seconds, kept_bytes, step_bytes
+from fathom.config import ModelConfig
+from fathom.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fathom.engine.device_cache import DeviceCache
+    from fathom.engine.graphs import Graphs
+    from fathom.model.transformer import Transformer
+
+PAGE = 128
+RUNS = 30
+
+
+def measure_decode(job: DeviceJob, config: ModelConfig, place: torch.device) -> dict[str, Any]:
+    """The part of a report that is measured: a row for each context, and the launches of the last one's step."""
+    bench = DecodeBench(job, config, place)
+    rows = [bench.row(context, job.batch) for context in job.contexts]
+    return {**bench.about, "rows": rows, "launches": bench.launches}
+
+
+class DecodeBench:
+    """One model in place, to be measured at several contexts and batch sizes."""
+
+    def __init__(self, job: DeviceJob, config: ModelConfig, place: torch.device) -> None:
+        self.job, self.place = job, place
+        self.model, self.config, loading = model_on(job, config, place)
+        weights = sum(p.nbytes for p in self.model.parameters())
+        self.about: dict[str, Any] = {"weights_bytes": weights, "weights_seconds": loading}
+        self.launches: list[dict[str, Any]] = []
+
+    def row(self, context: int, batch: int, breakdown: bool = True) -> dict[str, Any]:
+        """One line of the table: the token that is the last of `context`, of each of `batch` sequences."""
+        begin = time.perf_counter()
+        cache = self._cache(context, batch)
+        with inference(), chosen_experts(self.model) as chosen:
+            graphs = self._captured(cache, [batch])
+            self._first(graphs, context, batch)
+            ready = time.perf_counter() - begin
+            filled(cache)
+            self._first(graphs, context, batch)
+            took = timed(graphs._captured[batch].graph.replay, self.job.runs or RUNS)
+            experts = _distinct(chosen)
+            if breakdown:
+                self.launches = self._breakdown(graphs, context, batch)
+        return {
+            "context": context,
+            "batch": batch,
+            **took.row(),
+            "ready_seconds": ready,
+            **self._beside(cache, context, batch, took.row()["seconds"], experts),
+        }
+
+    def first_token(self, sizes: Sequence[int], context: int = 8192) -> dict[str, Any]:
+        """Seconds from weights in place to a first token: a cache, the graphs of all sizes, a step, its token."""
+        begin = time.perf_counter()
+        cache = self._cache(context, max(sizes))
+        with inference():
+            graphs = self._captured(cache, sizes)
+            self._first(graphs, 1, 1)
+        return {"seconds": time.perf_counter() - begin, "sizes": list(sizes)}
+
+    def _cache(self, context: int, batch: int) -> DeviceCache:
+        """Room for the sequences, each with pages of its own."""
+        from fathom.engine.device_cache import DeviceCache
+
+        each = -(-context // PAGE)
+        cache = DeviceCache(self.config, batch, batch * each, each * PAGE, self.place, self.job.packed)
+        for slot in range(batch):
+            cache.bind(slot, list(range(slot * each, (slot + 1) * each)))
+        return cache
+
+    def _captured(self, cache: DeviceCache, sizes: Sequence[int]) -> Graphs:
+        from fathom.engine.graphs import Graphs
+
+        graphs = Graphs(self.model, cache, sizes)
+        for size in sizes:
+            graphs.capture(size)
+        return graphs
+
+    def _first(self, graphs: Graphs, context: int, batch: int) -> None:
+        """A step whose tokens come back to the host."""
+        vocabulary = self.config.vocab_size
+        tokens = [(7919 * (slot + 1)) % vocabulary for slot in range(batch)]
+        logits = graphs.run(tokens, [context - 1] * batch, list(range(batch)))
+        logits.argmax(-1).cpu()
+        if not bool(logits.isfinite().all()):
+            raise ConfigError("the step gave logits that are not finite: its time would mean nothing")
+
+    def _breakdown(self, graphs: Graphs, context: int, batch: int) -> list[dict[str, Any]]:
+        """The launches of a step, each after the end of the one before."""
+        with complete_launches():
+            graphs.capture(batch)
+            self._first(graphs, context, batch)
+            return launches(graphs._captured[batch].graph.replay)
+
+    def _beside(
+        self, cache: DeviceCache, context: int, batch: int, seconds: float, experts: float | None
+    ) -> dict[str, Any]:
+        """What a measured time is held against."""
+        ranks, fp8 = self.job.ranks, not self.job.packed
+        floor = step_bytes(self.config, context, batch, tp=ranks, fp8_keys=fp8)
+        own = step_bytes(self.config, context, batch, tp=ranks, fp8_keys=fp8, experts=experts)
+        sums = all_reduce_seconds(self.config, batch) if ranks > 1 else 0.0
+        kept, other = kept_bytes(self.config, context, fp8)
+        return {
+            "all_reduce_seconds": sums,
+            "tokens_per_second": batch / seconds,
+            "tokens_per_second_with_sums": batch / (seconds + sums),
+            "floor_seconds": floor.seconds,
+            "own_floor_seconds": own.seconds,
+            "experts": experts,
+            "bytes_per_second": own.total / seconds,
+            "kv_bytes": -(-context // PAGE) * cache.page_bytes + cache.slot_bytes,
+            "kv_counted": kept,
+            "kv_of_v32": other,
+        }
+
+
+@contextmanager
+def chosen_experts(model: Transformer) -> Iterator[list[Tensor]]:
+    """Collects the expert ids [T, k] that routers choose while a graph is captured: a replay writes them anew."""
+    import torch
+
+    from fathom.model.moe import Gate
+
+    kept: list[Tensor] = []
+
+    def keep(module: Gate, given: object, out: tuple[Tensor, Tensor]) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            kept.append(out[0])
+
+    handles = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, Gate)]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _distinct(chosen: Sequence[Tensor]) -> float | None:
+    """Experts of a layer that a step reads, on average; None where routers were not asked as modules."""
+    return sum(ids.unique().numel() for ids in chosen) / len(chosen) if chosen else None

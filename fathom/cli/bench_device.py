@@ -1,0 +1,277 @@
+"""`fathom bench` on a GPU: which model is put there, and how its work is timed.
+
+Everything happens in this process. A model of random weights has every size of the real one and is made where it runs;
+one rank of two (`parallel.plan`) computes what it would beside another one, without the sums over both, which are
+counted and reported apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from fathom.config import ModelConfig, preset
+from fathom.errors import CheckpointError, ConfigError, ContextError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from fathom.engine.device_cache import DeviceCache
+    from fathom.model.transformer import Transformer
+
+PRESETS = ("flash", "pro")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceJob:
+    """What to measure on a GPU; see the flags of `fathom bench`.
+
+    contexts: a row for each. ratios: the layers' compression ratios, layers: only the first so many; neither: all.
+    ranks: of how many the model is one. chunk: tokens of a prompt that are computed together. runs: None for the
+    mode's own number.
+    """
+
+    mode: str
+    model: str = "small"
+    synthetic: bool = False
+    layers: int | None = None
+    ratios: tuple[int, ...] | None = None
+    contexts: tuple[int, ...]
+    batch: int = 1
+    runs: int | None = None
+    ranks: int = 1
+    keys: str = "fp8"
+    chunk: int = 8192
+    peer: str | None = None
+    device: str = "cuda"
+
+    @property
+    def packed(self) -> bool:
+        """Whether two values of an index key share a byte."""
+        return self.keys == "fp4"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Seconds of several runs."""
+
+    seconds: list[float]
+
+    def row(self) -> dict[str, Any]:
+        """For a report."""
+        some = self.seconds
+        return {"seconds": median(some), "low": min(some), "high": max(some), "runs": len(some)}
+
+
+def measure(job: DeviceJob) -> dict[str, Any]:
+    """The report of a job, ready for JSON: times in seconds. Raises ConfigError, CheckpointError, ContextError."""
+    config = whole_config(job)
+    if job.mode == "prefill":
+        from fathom.cli.bench_prefill import measure_prefill as measured
+    elif job.peer:
+        from fathom.cli.bench_peer import measure_peer as measured
+    else:
+        from fathom.cli.bench_decode import measure_decode as measured
+    fits(job, config)
+    place = gpu(job.device)
+    return {**asked(job, config), **where(place), **measured(job, config, place)}
+
+
+def whole_config(job: DeviceJob) -> ModelConfig:
+    """The configuration of the whole model, of the layers that were asked for, without an MTP block."""
+    if job.model in PRESETS and not job.synthetic:
+        raise CheckpointError(f"'{job.model}' is a configuration without weights: add --synthetic, or give a folder")
+    named = job.model in (*PRESETS, "small")
+    config = preset(job.model) if named else ModelConfig.load(job.model)
+    if job.synthetic:
+        return _of_layers(config, _ratios(job, config))
+    for flag, given in (("layers", job.layers), ("ratios", job.ratios), ("rank-of-two", job.ranks > 1)):
+        if given:
+            raise ConfigError(f"--{flag} changes the model: add --synthetic, for random weights of its sizes")
+    return config
+
+
+def fits(job: DeviceJob, config: ModelConfig) -> None:
+    """Raises ContextError for a context that the model was not made for."""
+    longest = config.max_position_embeddings
+    if max(job.contexts) > longest:
+        text = f"{max(job.contexts)} tokens do not fit the model's context of {longest}"
+        raise ContextError(f"{text}: use a smaller --context")
+
+
+def _ratios(job: DeviceJob, config: ModelConfig) -> tuple[int, ...]:
+    whole = config.compress_ratios[: config.num_hidden_layers]
+    if job.layers is not None and job.layers > len(whole):
+        raise ConfigError(f"--layers {job.layers} is out of range: this model has {len(whole)}")
+    return job.ratios or whole[: job.layers]
+
+
+def _of_layers(config: ModelConfig, ratios: tuple[int, ...]) -> ModelConfig:
+    hashed = min(config.num_hash_layers, len(ratios))
+    changed = {"num_hidden_layers": len(ratios), "compress_ratios": ratios, "num_hash_layers": hashed}
+    return replace(config, **changed, num_nextn_predict_layers=0, dspark=None)  # type: ignore[arg-type]
+
+
+def gpu(name: str) -> torch.device:
+    """A GPU that is there. Raises ConfigError."""
+    import torch
+
+    from fathom.engine.llm import checked_device
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "this benchmark needs a GPU and torch sees none: leave out --synthetic and --device for a CPU"
+        )
+    return torch.device(checked_device(name))
+
+
+def model_on(job: DeviceJob, config: ModelConfig, place: torch.device) -> tuple[Transformer, ModelConfig, float]:
+    """The model with its weights in place, its own (the rank's) configuration, and the seconds that took."""
+    import torch
+
+    from fathom.checkpoint.synthetic import synthetic_model
+    from fathom.engine.llm import model_folder
+    from fathom.model.layers import Numerics
+    from fathom.model.moe import Experts
+
+    begin = time.perf_counter()
+    if job.synthetic:
+        model = synthetic_model(config, Numerics(torch.bfloat16, quantize=True), place, tp=job.ranks)
+    else:
+        model = _loaded(model_folder(job.model), place)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.place()
+    torch.cuda.synchronize(place)
+    return model, model.config, time.perf_counter() - begin
+
+
+def _loaded(folder: Path, place: torch.device) -> Transformer:
+    import torch
+
+    from fathom.checkpoint.folder import Checkpoint
+    from fathom.checkpoint.load import load_model
+    from fathom.model.layers import Numerics
+
+    numerics = Numerics(torch.bfloat16, Checkpoint(folder).quantised)
+    return load_model(folder, numerics=numerics, device=place, dense=False)
+
+
+def asked(job: DeviceJob, config: ModelConfig) -> dict[str, Any]:
+    """What a report says of its job."""
+    names = ("mode", "model", "synthetic", "batch", "ranks", "keys", "peer")
+    said = {name: getattr(job, name) for name in names}
+    return {**said, "layers": config.num_hidden_layers, "ratios": config.compress_ratios[: config.num_hidden_layers]}
+
+
+def where(place: torch.device) -> dict[str, Any]:
+    """On what, and of what commit, figures are."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from fathom.cli.bench_run import machine
+
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    name = torch.cuda.get_device_name(place)
+    return {"device": name, "cuda": torch.version.cuda, "triton": triton, **machine()}
+
+
+def timed(call: Callable[[], object], runs: int, warm: int = 3) -> Measured:
+    """Device time of each of several calls, by events."""
+    import torch
+
+    for _ in range(warm):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for begin, end in events:
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return Measured([begin.elapsed_time(end) / 1e3 for begin, end in events])
+
+
+@contextmanager
+def complete_launches() -> Iterator[None]:
+    """Launches that wait for the one before to end: only so is a launch's duration its own."""
+    from fathom.kernels import common_triton, cuda
+
+    dependent, allowed = common_triton._dependent_launch, cuda.DEPENDENT
+    common_triton._dependent_launch, cuda.DEPENDENT = (lambda device: False), False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        common_triton._dependent_launch, cuda.DEPENDENT = dependent, allowed
+
+
+def launches(call: Callable[[], object]) -> list[dict[str, Any]]:
+    """What a call launches on the GPU: for each kernel how often and for how many seconds in all, the longest first."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
+        call()
+        torch.cuda.synchronize()
+    found = [(e.key, e.count, e.self_device_time_total / 1e6) for e in profiled.key_averages()]
+    rows = [{"kernel": key, "count": count, "seconds": seconds} for key, count, seconds in found if seconds]
+    return sorted(rows, key=lambda row: -float(row["seconds"]))
+
+
+@contextmanager
+def inference() -> Iterator[None]:
+    """torch's inference mode, for files that do not import torch."""
+    import torch
+
+    with torch.inference_mode():
+        yield
+
+
+# --- a cache as if the context had been computed
+
+_PART = 1 << 16
+"""Index keys that are made at a time."""
+
+
+def filled(cache: DeviceCache) -> DeviceCache:
+    """Random rows, keys and tails of usual sizes in every place; index scores are all distinct."""
+    for memory in cache.layers:
+        for rows in (memory.window, memory.entries):
+            if rows is not None:
+                _fill_rows(rows.data, rows.scales, rows.rope)
+        for tail in (memory.tail, memory.key_tail):
+            if tail is not None:
+                tail.normal_()
+        if memory.keys is not None:
+            _fill_keys(memory.keys)
+    return cache
+
+
+def _fill_rows(data: torch.Tensor, scales: torch.Tensor, rope: int) -> None:
+    """e4m3 below the half of its exponents, so no NaN, under scales that make values of about one; BF16 rope dims."""
+    import torch
+
+    front = data.shape[-1] - 2 * rope
+    data.random_(0, 256).bitwise_and_(0b1011_1111)
+    data[..., front:].view(torch.bfloat16).normal_()
+    scales.random_(126, 129)
+
+
+def _fill_keys(keys: Any) -> None:
+    import torch
+
+    planes = [plane.flatten(0, 1) for plane in keys.planes]
+    for at in range(0, len(planes[0]), _PART):
+        count = min(_PART, len(planes[0]) - at)
+        values = torch.randn(count, keys.width, device=planes[0].device)
+        for plane, new in zip(planes, keys.pack(values), strict=True):
+            plane[at : at + count] = new
