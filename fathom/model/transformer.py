@@ -118,7 +118,7 @@ class Transformer(HyperParameters):
         return self._scores(hc_head(x_RnD, *block.mixing("hc_head"), block.norm, self.config))
 
     def share_index(self, rank: int, ranks: int, gather: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Have this rank of several choose entries for its part of a prompt's queries; `gather` brings those of the others.
+        """Have this rank of several choose entries for its part of a prompt's queries; `gather` brings the rest.
 
         Without it, as when a rank is measured alone, its own choices stand for the others'.
         """
