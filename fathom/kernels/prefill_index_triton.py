@@ -2,8 +2,8 @@
 
 The torch references are in `prefill` (reference 2.8, 4). Scores are made for as many queries at a time as fit into
 SCRATCH. Index queries are the columns of a product and keys its rows; a query's score of a key does not know of others.
-The choice is a search by halves for the k-th largest score's pattern; above CHUNK keys first in each chunk of so many,
-then among the chunks' best. It is exact for any scores.
+The choice is a search by halves for the pattern of the k-th largest score in each chunk of CHUNK keys, then among the
+best of some chunks, and so on. It is exact for any scores.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -29,9 +29,10 @@ COLUMNS = 32 if PLAIN else 128
 """Queries times heads of a program."""
 TILES = 2 if PLAIN else 16
 """Tiles of keys that a program goes through."""
-CHUNK = 64 if PLAIN else 8192
+CHUNK = 64 if PLAIN else 2048
 """Scores that a program chooses among."""
 _WARPS = 8
+_EACH = 512
 _READ = 16
 """Rows or keys that a program reads."""
 
@@ -102,23 +103,22 @@ def score(q: Tensor, weights: Tensor, keys: Tensor, scales: Tensor, start: int, 
 def choose(scores: Tensor, out: Tensor, start: int, number: int) -> None:
     """Into int32 [T, k]: the k best of scores [T, room], of which a query sees as many as its position says."""
     count, k = out.shape
-    chunks = max(1, triton.cdiv(number, CHUNK))
-    best = out if chunks == 1 else torch.empty((count, chunks, k), dtype=torch.int32, device=out.device)
-    block = min(CHUNK, max(power_of_two(number), 128))
-    _choose[(chunks, count)](
-        scores, best, out, start, number, chunks, scores.shape[1] // KEYS, k, power_of_two(k), KEYS, block, CHUNK,
-        **options(scores, _warps(block)),
-    )  # fmt: skip
-    if chunks > 1:
-        block = power_of_two(chunks * k)
-        _choose_last[(count,)](
-            scores, best, out, start, number, chunks, scores.shape[1] // KEYS, k, KEYS, block, CHUNK,
-            **options(scores, _warps(block)),
+    block = max(CHUNK, 2 * power_of_two(k))
+    merged = block // k
+    lists, span, given = number, 0, out
+    while not span or lists > 1:
+        before, lists = lists, max(1, triton.cdiv(lists, merged if span else block))
+        best = out if lists == 1 else torch.empty((count, lists, k), dtype=torch.int32, device=out.device)
+        size = block if span else min(block, max(power_of_two(number), 128))
+        _choose[(lists, count)](
+            scores, given, best, out, start, number, scores.shape[1] // KEYS, before, lists, span, k,
+            power_of_two(k), KEYS, size, merged, span == 0, **options(scores, _warps(size)),
         )  # fmt: skip
+        span, given = span * merged if span else block, best
 
 
 def _warps(block: int) -> int:
-    return 1 if PLAIN else min(16, max(2, block // 512))
+    return 1 if PLAIN else min(16, max(2, block // _EACH))
 
 
 @triton.jit(do_not_specialize=["FIRST", "COUNT"])
@@ -256,48 +256,42 @@ def _taken(order, real, K):
     return above | (level & (equal <= room)), (upto & 0xFFFF) + tl.minimum(equal, room)
 
 
-@triton.jit(do_not_specialize=["START", "NUMBER", "CHUNKS", "ROOM"])
+@triton.jit(do_not_specialize=["START", "NUMBER", "ROOM", "BEFORE", "LISTS", "SPAN"])
 def _choose(
-    scores, best, out, START, NUMBER, CHUNKS, ROOM, K, KB: tl.constexpr, KEYS: tl.constexpr, B: tl.constexpr,
-    CHUNK: tl.constexpr, PDL: tl.constexpr,
+    scores, given, best, out, START, NUMBER, ROOM, BEFORE, LISTS, SPAN, K, KB: tl.constexpr, KEYS: tl.constexpr,
+    B: tl.constexpr, MERGED: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
+    """The best of B scores, or (not FIRST) of MERGED lists of the best of SPAN entries each."""
+    part = tl.program_id(0)
     t = tl.program_id(1).to(tl.int64)
-    rk = tl.arange(0, KB)
+    r, rk = tl.arange(0, B), tl.arange(0, KB)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     number = tl.minimum((START + tl.program_id(1) + 1) // 4, NUMBER)
-    if number <= K:
-        if chunk == 0:
+    if FIRST:
+        most = B
+        some = (number > K) & (part * B < number)
+        if (number <= K) & (part == 0):
             tl.store(out + t * K + rk, tl.where(rk < number, rk, -1), mask=rk < K)
-    elif chunk * CHUNK < number:
-        at = chunk * CHUNK + tl.arange(0, B)
-        real = at < number
-        s = tl.load(scores + t * (ROOM * KEYS) + at, mask=real, other=0.0)
-        own = tl.minimum(K, number - chunk * CHUNK)
-        taken, upto = _taken(_ordered(s, real), real, own)
-        if number <= CHUNK:
-            tl.store(out + t * K + upto - 1, at, mask=taken)
+    else:
+        most = MERGED * SPAN
+        some = (number > tl.maximum(SPAN, K)) & (part * most < number)
+    if some:
+        if FIRST:
+            at = part * B + r
+            real = at < number
         else:
-            place = best + (t * CHUNKS + chunk) * K
-            tl.store(place + upto - 1, at, mask=taken)
-            tl.store(place + rk, -1, mask=(rk >= own) & (rk < K))
-
-
-@triton.jit(do_not_specialize=["START", "NUMBER", "CHUNKS", "ROOM"])
-def _choose_last(
-    scores, best, out, START, NUMBER, CHUNKS, ROOM, K, KEYS: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    number = tl.minimum((START + tl.program_id(0) + 1) // 4, NUMBER)
-    if number > tl.maximum(K, CHUNK):
-        r = tl.arange(0, B)
-        at = tl.load(best + t * CHUNKS * K + r, mask=r < tl.cdiv(number, CHUNK) * K, other=-1)
-        s = tl.load(scores + t * (ROOM * KEYS) + at, mask=at >= 0, other=0.0)
-        taken, upto = _taken(_ordered(s, at >= 0), at >= 0, K)
-        tl.store(out + t * K + upto - 1, at, mask=taken)
+            place = part * MERGED * K + r
+            at = tl.load(
+                given + t * BEFORE * K + place, mask=(r < MERGED * K) & (place < tl.cdiv(number, SPAN) * K), other=-1
+            )
+            real = at >= 0
+        s = tl.load(scores + t * (ROOM * KEYS) + at, mask=real, other=0.0)
+        own = tl.minimum(K, tl.sum(real.to(tl.int32), 0))
+        taken, upto = _taken(_ordered(s, real), real, own)
+        to = best + (t * LISTS + part) * K
+        if number <= most:
+            to = out + t * K
+        tl.store(to + upto - 1, at, mask=taken)
+        tl.store(to + rk, -1, mask=(rk >= own) & (rk < K))
