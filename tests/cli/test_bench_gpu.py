@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fathom.checkpoint.synthetic import synthetic_model
-from fathom.cli.bench_device import DeviceJob, filled, whole_config
+from fathom.cli.bench_device import DeviceJob, whole_config
+from fathom.cli.bench_fill import filled
 from fathom.cli.bench_floor import step_bytes
 from fathom.cli.bench_prefill import chunk_sizes
 from fathom.cli.bench_table import lines
@@ -42,7 +43,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
         ([*SYNTHETIC, "--ratios", "0,4", "--layers", "2"], ["--layers"]),
         ([*SYNTHETIC, "--layers", "44"], ["--layers 44", "43"]),
         ([*SYNTHETIC, "--context", "1048577"], ["1048577", "1048576"]),
-        ([*SYNTHETIC, "--tp", "2"], ["--tp 2", "--rank-of-two"]),
+        ([*SYNTHETIC, "--tp", "2"], ["--tp 2", "torchrun", "--rank-of-two"]),
         ([*SYNTHETIC, "--rank-of-two", "--tp", "4"], ["--tp 4"]),
         ([*SYNTHETIC, "--peer", "transformers", "--batch", "2"], ["--batch", "--peer"]),
         (["prefill", "--model", "flash", "--synthetic", "--batch", "2"], ["--batch", "prefill"]),
@@ -105,7 +106,15 @@ def decode_report(**changed: object) -> dict[str, object]:
         "ready_seconds": 12.5, "kv_bytes": 4.03e9, "kv_counted": 3.99e9, "kv_of_v32": 50.4e9,
     }  # fmt: skip
     launch = [{"kernel": f"k{n}", "count": 2, "seconds": 1e-6 * (40 - n)} for n in range(40)]
-    kind = {"mode": "decode", "model": "flash", "synthetic": True, "ranks": 2, "layers": 43, "keys": "fp8"}
+    kind = {
+        "mode": "decode",
+        "model": "flash",
+        "synthetic": True,
+        "ranks": 2,
+        "together": False,
+        "layers": 43,
+        "keys": "fp8",
+    }
     where = {"device": "NVIDIA H200", "torch": "2.11", "cuda": "13.0", "triton": "3.6", "commit": "abc"}
     measured = {"weights_bytes": 7.8e10, "weights_seconds": 3.0, "rows": [row], "launches": launch, "peer": None}
     return {**kind, **where, **measured, **changed}
