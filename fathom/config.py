@@ -318,6 +318,7 @@ def _rules(c: ModelConfig) -> Iterator[tuple[str, bool]]:
     yield "num_hash_layers exceeds num_hidden_layers", c.num_hash_layers > c.num_hidden_layers
     yield f"qk_rope_head_dim {rope} is odd, or not below head_dim", rope % 2 > 0 or rope >= c.head_dim
     yield f"index_head_dim {index} is no power of two, or below qk_rope_head_dim", index.bit_count() > 1 or rope > index
+    yield f"sliding_window {c.sliding_window} exceeds 256, the most that caches keep", c.sliding_window > 256
     yield "bos_token_id or eos_token_id is outside vocab_size", max(c.bos_token_id, c.eos_token_id) >= c.vocab_size
     yield f"expert_dtype {c.expert_dtype!r} is not fp4 or fp8", c.expert_dtype not in (None, "fp4", "fp8")
 

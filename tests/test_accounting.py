@@ -308,6 +308,18 @@ def test_inspect_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert "model.safetensors has" in capsys.readouterr().err
 
 
+def test_inspect_a_folder_in_other_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FP8 experts with E8M0 scales, or BF16 linears beside FP4 experts: config.json says neither, the files do."""
+    for flags in (["--experts", "fp8"], ["--linears", "bf16"], ["--experts", "bf16", "--linears", "bf16"]):
+        out = str(tmp_path / "".join(flags))
+        assert run(["convert", "--random", "--model", "small", "--layers", "3", *flags, out]) == 0
+        capsys.readouterr()
+        assert run(["inspect", "--model", out, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        expected, files = told["checkpoint"], told["files"]
+        assert (expected["tensors"], expected["bytes"]) == (files["tensors"], files["bytes"])
+
+
 def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "kv.svg"
     assert run(["inspect", "--model", "flash", "--plot", str(path)]) == 0

@@ -174,6 +174,7 @@ def test_expert_storage() -> None:
         ({"index_head_dim": 96}, "index_head_dim 96"),
         ({"index_head_dim": 32}, "index_head_dim 32"),
         ({"eos_token_id": 129280}, "eos_token_id"),
+        ({"sliding_window": 257}, "sliding_window 257 exceeds 256"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"hidden_size": "4096"}, "hidden_size is '4096'"),
         ({"hidden_size": 4096.0}, "hidden_size is 4096.0"),

@@ -13,28 +13,33 @@ from fathom.errors import ConfigError
 
 
 def convert(
-    paths: Annotated[list[str], typer.Argument(metavar="IN OUT", help="Folders; with --random only OUT.")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="IN OUT", help="Folders, or small as IN; with --random only OUT.")
+    ],
     experts: Annotated[str | None, typer.Option(help="Store routed experts as fp4, fp8 or bf16.")] = None,
     linears: Annotated[str | None, typer.Option(help="Store the other quantised linears as fp8 or bf16.")] = None,
     lossy: Annotated[bool, typer.Option("--lossy", help="Round what the new format cannot hold.")] = False,
     random: Annotated[bool, typer.Option("--random", help="Write random weights for --model.")] = False,
     model: Annotated[str | None, typer.Option(help="With --random: flash, pro, small or a folder.")] = None,
     layers: Annotated[int | None, typer.Option(help="With --random: only the first layers.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="With --random: which weights.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="With --random: which weights; 0 if absent.")] = None,
 ) -> None:
     """Convert a checkpoint to other number formats, or write a random one."""
     _check_form("--experts", experts, ("fp4", "fp8", "bf16"))
     _check_form("--linears", linears, ("fp8", "bf16"))
     if random:
-        _random(paths, model, layers, seed, experts, linears)
+        if lossy:
+            raise ConfigError("--lossy goes with a conversion: random weights are made in the form that is asked for")
+        _random(paths, model, layers, seed or 0, experts, linears)
         return
-    if model is not None or layers is not None:
-        raise ConfigError("--model and --layers go with --random; to convert, give the folders IN and OUT")
+    if (model, layers, seed) != (None, None, None):
+        raise ConfigError("--model, --layers and --seed go with --random; to convert, give the folders IN and OUT")
     if len(paths) != 2:
         raise ConfigError(f"convert takes two folders, IN and OUT, got {len(paths)}")
     from fathom.checkpoint.convert import convert as run
+    from fathom.engine.llm import model_folder
 
-    source, folder = Path(paths[0]), Path(paths[1])
+    source, folder = model_folder(paths[0]), Path(paths[1])
     files = _dialect(source)
     run(source, folder, experts=experts, linears=linears, lossy=lossy, files=files, progress=Loading())
     _done(folder)

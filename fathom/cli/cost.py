@@ -26,9 +26,15 @@ _COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMB]?)")
 
 
 def cost(
-    input_tokens: Annotated[str, typer.Option(help="Prompt tokens: 500, 20K, 10M, 1.5B.")] = "0",
-    output_tokens: Annotated[str, typer.Option(help="Generated tokens, thinking included.")] = "100M",
-    hit_rate: Annotated[float, typer.Option(help="Part of the prompt tokens found in a cache, 0 to 1.")] = 0.0,
+    input_tokens: Annotated[
+        str | None, typer.Option(help="Prompt tokens: 500, 20K, 10M, 1.5B; none if absent.")
+    ] = None,
+    output_tokens: Annotated[
+        str | None, typer.Option(help="Generated tokens, thinking included; 100M if absent.")
+    ] = None,
+    hit_rate: Annotated[
+        float | None, typer.Option(help="Part of the prompt tokens found in a cache, 0 to 1; 0 if absent.")
+    ] = None,
     prices: Annotated[
         str | None, typer.Option(help="Prices of this day or moment (UTC); the launch if absent.")
     ] = None,
@@ -48,18 +54,40 @@ def cost(
 
     book = PriceBook.load([*sorted(LISTS.glob("*.csv")), *(list_file or ())])
     moment = _moment("--prices", prices)
+    booked = None
     if ledger:
-        uses = _booked(ledger, _moment("--since", since), _moment("--until", until))
-        bills = compare(book, uses if moment is None else [(moment, tokens) for _, tokens in uses])
+        _refuse("cannot go with --ledger, which has the tokens", input_tokens=input_tokens, output_tokens=output_tokens)
+        _refuse("cannot go with --ledger, which has the hits", hit_rate=hit_rate)
+        uses, booked = _booked(ledger, _moment("--since", since), _moment("--until", until))
+        uses = uses if moment is None else [(moment, tokens) for _, tokens in uses]
     else:
-        given, written = count("--input-tokens", input_tokens), count("--output-tokens", output_tokens)
+        _refuse("means nothing without --ledger", since=since, until=until)
+        given, written = count("--input-tokens", input_tokens or "0"), count("--output-tokens", output_tokens or "100M")
+        hit_rate = hit_rate or 0.0
         if not 0 <= hit_rate <= 1:
             raise ConfigError(f"--hit-rate {hit_rate} is out of range: it must be from 0 to 1")
-        hit = round(given * hit_rate)
-        bills = compare(book, [(moment or LAUNCH, Tokens(hit, given - hit, written))])
+        hit = int(given * Decimal(repr(hit_rate)))
+        uses = [(moment or LAUNCH, Tokens(hit, given - hit, written))]
+    bills, unpriced = compare(book, uses)
     if plot:
         _write(plot, bars(bills))
-    print(json.dumps(_as_json(bills), indent=2) if as_json else "\n".join(table(bills)))
+    said = _as_json(bills, unpriced, booked) if as_json else None
+    print(json.dumps(said, indent=2) if said else "\n".join(table(bills, unpriced, booked)))
+
+
+def _refuse(why: str, **flags: object) -> None:
+    """Raises ConfigError if one of these was given: it would change nothing."""
+    for name, value in flags.items():
+        if value is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} {why}")
+
+
+@dataclass(frozen=True, slots=True)
+class Booked:
+    """What a ledger has: how many requests, and what they were charged, in USD."""
+
+    requests: int
+    amount: Decimal
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +114,20 @@ def count(flag: str, text: str) -> int:
     return int(Decimal(found[1]) * _UNITS[found[2]])
 
 
-def compare(book: PriceBook, uses: Sequence[Use]) -> list[Bill]:
-    """The bill of every model that has a price at all these moments, cheapest first. Raises ConfigError if none has."""
-    bills = []
+def compare(book: PriceBook, uses: Sequence[Use]) -> tuple[list[Bill], list[str]]:
+    """The bill of every model that has a price at all these moments, cheapest first, and why the others have none.
+
+    Raises ConfigError if none has a price.
+    """
+    bills, unpriced = [], []
     for model in book.models:
         try:
             bills.append(_bill(book, model, uses))
-        except ConfigError:
-            continue
+        except ConfigError as error:
+            unpriced.append(str(error))
     if not bills:
         raise ConfigError(f"no model has a price at {uses[0][0]:%F %R} UTC: the first lists are of 2026-04-24")
-    return sorted(bills, key=lambda bill: (bill.total, bill.model))
+    return sorted(bills, key=lambda bill: (bill.total, bill.model)), unpriced
 
 
 def _bill(book: PriceBook, model: str, uses: Sequence[Use]) -> Bill:
@@ -113,24 +144,29 @@ def _bill(book: PriceBook, model: str, uses: Sequence[Use]) -> Bill:
     return Bill(model, hit, miss, output, "; ".join(filter(None, notes)))
 
 
-def _booked(url: str, since: datetime | None, until: datetime | None) -> list[Use]:
+def _booked(url: str, since: datetime | None, until: datetime | None) -> tuple[list[Use], Booked]:
     from fathom.server.database import open_database
     from fathom.server.metering import read_rows
     from fathom.server.prices import Tokens
 
-    database = open_database(url)
-    uses = [(row.at, Tokens(row.hit, row.miss, row.output)) for row in read_rows(database, since, until)]
+    database = open_database(url, create=False)
+    uses, amount = [], Decimal(0)
+    for row in read_rows(database, since, until):
+        uses.append((row.at, Tokens(row.hit, row.miss, row.output)))
+        amount += row.amount
     database.dispose()
     if not uses:
         raise ConfigError("the ledger has no requests in this period")
-    return uses
+    return uses, Booked(len(uses), amount)
 
 
-def table(bills: Sequence[Bill]) -> list[str]:
-    """A Markdown table, and the notes of its rows."""
+def table(bills: Sequence[Bill], unpriced: Sequence[str] = (), booked: Booked | None = None) -> list[str]:
+    """A Markdown table, the notes of its rows, what is missing, and what was charged."""
     lines = ["| model | cached prompt | new prompt | output | USD |", "| --- | ---: | ---: | ---: | ---: |"]
     lines += [f"| {b.model} | {_usd(b.hit)} | {_usd(b.miss)} | {_usd(b.output)} | {_usd(b.total)} |" for b in bills]
-    return lines + [""] + [f"{b.model}: {b.note}" for b in bills if b.note]
+    notes = [f"{b.model}: {b.note}" for b in bills if b.note] + [f"left out: {why}" for why in unpriced]
+    charged = [f"booked: {booked.requests:,} requests, {_usd(booked.amount)} USD"] if booked else []
+    return [*lines, "", *notes, *charged]
 
 
 def bars(bills: Sequence[Bill]) -> str:
@@ -167,12 +203,13 @@ def _moment(flag: str, text: str | None) -> datetime | None:
     return moment.replace(tzinfo=moment.tzinfo or UTC)
 
 
-def _as_json(bills: Sequence[Bill]) -> dict[str, Any]:
+def _as_json(bills: Sequence[Bill], unpriced: Sequence[str], booked: Booked | None) -> dict[str, Any]:
     keys = ("hit", "miss", "output", "total")
     return {
         "currency": "USD",
         "models": {b.model: {k: str(getattr(b, k)) for k in keys} | {"note": b.note} for b in bills},
-    }
+        "left_out": list(unpriced),
+    } | ({"booked": {"requests": booked.requests, "total": str(booked.amount)}} if booked else {})
 
 
 def _write(path: Path, text: str) -> None:

@@ -32,6 +32,8 @@ def generate(
     """Answer `prompt`, or standard input, or continue raw token `ids`; streamed, or as one JSON object."""
     check_effort(effort)
     sampling.check()
+    if ids is not None and prompt is not None:
+        raise PromptError("--prompt and --ids are two prompts: give one of them")
     raw = None if ids is None else _parsed(ids)
     text = _prompt(prompt) if raw is None else ""
     chat = open_chat(model, device=device, threads=threads, dialect=dialect, max_context=max_context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ KINDS = {
     "hash": "routed by token id",
     "scored": "routed by score",
 }
+_LINEARS = {"F8_E4M3": "fp8", "BF16": "bf16", "F32": "bf16"}
+_EXPERTS = {"I8": "fp4", **_LINEARS}
+_SCALES = {"F8_E8M0": "F8_E8M0", "F32": "F32"}
 
 
 def inspect(model: str, context: int, as_json: bool, plot: str | None) -> None:
@@ -45,8 +48,8 @@ def inspect(model: str, context: int, as_json: bool, plot: str | None) -> None:
         raise ConfigError(f"--plot {plot}: that folder does not exist, make it first")
     known = model in ("flash", "pro", "small")
     config = preset(model) if known else ModelConfig.load(model)
-    files = None if known else stored_files(Path(model))
-    figures = {"model": model, **report(config, context), "files": files}
+    dtypes, files = ({}, None) if known else stored_files(Path(model))
+    figures = {"model": model, **report(config, context, stored_as(config, dtypes)), "files": files}
     if plot:
         _write(Path(plot), picture())
     if as_json:
@@ -55,9 +58,9 @@ def inspect(model: str, context: int, as_json: bool, plot: str | None) -> None:
         show(figures)
 
 
-def report(config: ModelConfig, context: int) -> dict[str, Any]:
+def report(config: ModelConfig, context: int, storage: Storage) -> dict[str, Any]:
     """All figures, ready for JSON. Bytes, parameters, FLOPs; ratios are to V3.2 at the same context."""
-    storage, count = Storage.of(config), parameters(config)
+    count = parameters(config)
     groups = by_dtype(inventory(config, storage))
     main = {"main": count.main, "mtp": count.mtp, "total": count.total, "active": count.active}
     return {
@@ -93,25 +96,36 @@ def _flops(config: ModelConfig, context: int) -> dict[str, float]:
     return {**classes(own), "fp8_equivalent": equal, **ratios}
 
 
-def stored_files(folder: Path) -> dict[str, int] | None:
-    """What the folder's safetensors files hold, by their headers: files, tensors, bytes. None if there are no files."""
+def stored_files(folder: Path) -> tuple[dict[str, str], dict[str, int] | None]:
+    """What the safetensors files hold, by their headers: each tensor's dtype, and the sums (None: no files)."""
     paths = sorted(folder.glob("*.safetensors"))
-    sums = [_header_sums(path) for path in paths]
-    return (
-        {"files": len(paths), "tensors": sum(s.count for s in sums), "bytes": sum(s.bytes for s in sums)}
-        if paths
-        else None
+    dtypes: dict[str, str] = {}
+    sums = [_header_sums(path, dtypes) for path in paths]
+    if not paths:
+        return dtypes, None
+    return dtypes, {"files": len(paths), "tensors": sum(s.count for s in sums), "bytes": sum(s.bytes for s in sums)}
+
+
+def stored_as(config: ModelConfig, dtypes: Mapping[str, str]) -> Storage:
+    """The form of the weights. Tensors decide where there are any: config.json knows neither scales nor mixtures."""
+    said, linear, expert = Storage.of(config), "layers.0.attn.wq_a", "layers.0.ffn.experts.0.w1"
+    return Storage(
+        _EXPERTS.get(dtypes.get(f"{expert}.weight", ""), said.experts),
+        _LINEARS.get(dtypes.get(f"{linear}.weight", ""), said.linears),
+        _SCALES.get(dtypes.get(f"{expert}.scale", dtypes.get(f"{linear}.scale", "")), said.scales),
     )
 
 
-def _header_sums(path: Path) -> Stored:
-    """Tensors and bytes by the header: its length in 8 bytes, then JSON with the ends of each tensor."""
+def _header_sums(path: Path, dtypes: dict[str, str]) -> Stored:
+    """Tensors and bytes by the header: its length in 8 bytes, then JSON with dtype and ends of each tensor."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             header: Any = json.loads(file.read(length)) if length <= size else None
-            spans = [t["data_offsets"] for name, t in header.items() if name != "__metadata__"]
+            found = {name: t for name, t in header.items() if name != "__metadata__"}
+            spans = [t["data_offsets"] for t in found.values()]
+            dtypes |= {name: str(t["dtype"]) for name, t in found.items()}
             count, end = len(spans), max((end for _, end in spans), default=0)
             held = sum(end - begin for begin, end in spans)
         except (ValueError, TypeError, KeyError, AttributeError):

@@ -71,7 +71,8 @@ def _line(key: Key) -> str:
     limits = key.limits
     state = f"revoked {key.revoked:%F}" if key.revoked else "valid"
     shown = ("" if v is None else str(v) for v in (limits.concurrency, limits.tokens_per_minute, limits.budget))
-    return f"| {key.id} | {key.name} | {key.tail} | {key.created:%F} | {' | '.join(shown)} | {state} |"
+    name = key.name.replace("|", "\\|")
+    return f"| {key.id} | {name} | {key.tail} | {key.created:%F} | {' | '.join(shown)} | {state} |"
 
 
 def _dollars(text: str | None) -> Decimal | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -122,17 +123,28 @@ def run(arguments: Sequence[str]) -> int:
         return 130
     except Exception as error:
         if usage := getattr(error, "format_message", None):
-            return _fail(str(usage()).replace("\n", " "))
+            return _fail(str(usage()))
         raise
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    line = message.replace("\n", " ")
+    print(f"error: {line}", file=sys.stderr)
     return 2
+
+
+def _open_streams() -> None:
+    """A stream that the caller closed is empty; a terminal that lacks a character shows `?` in its place."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def main() -> None:
     """The console script."""
+    _open_streams()
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

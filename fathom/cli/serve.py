@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from fathom.config import ModelConfig
     from fathom.encoding.codec import Codec
     from fathom.encoding.desk import Desk
-    from fathom.engine.engine import Memory
     from fathom.engine.llm import LLM
+    from fathom.engine.memory import Memory
     from fathom.server.books import Books
 
 _GB = 1_000_000_000
@@ -35,7 +36,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
     max_context: Annotated[int | None, typer.Option(min=1, help="The most tokens of prompt and answer.")] = None,
     max_seqs: Annotated[int, typer.Option(min=1, help="Requests computed at once; others wait.")] = 64,
-    kv_gb: Annotated[float, typer.Option(help="Memory of the model's cache, in GB.")] = 0.6,
+    kv_gb: Annotated[
+        float | None, typer.Option(help="Memory of the model's cache, in GB: 0.6, or what a GPU has free.")
+    ] = None,
     kv_host_gb: Annotated[float, typer.Option(help="Memory for prefixes that left the cache, in GB.")] = 0.5,
     kv_disk_dir: Annotated[Path | None, typer.Option(help="A folder for prefixes that survive a restart.")] = None,
     kv_disk_gb: Annotated[float, typer.Option(help="The most that this folder holds, in GB.")] = 4.0,
@@ -64,12 +67,18 @@ def serve(
     """Serve a model to SDKs and agents: OpenAI's two dialects, Anthropic's, completions; a chat page at /."""
     from fathom.encoding.desk import Desk
     from fathom.encoding.replay import ReplayStore
-    from fathom.engine.engine import Memory
+    from fathom.engine.memory import Memory
     from fathom.server.app import create_app
     from fathom.server.listen import bound, loopback
     from fathom.server.metrics import Metrics
     from fathom.server.settings import ServerSettings
 
+    _check_range("--max-body-mb", max_body_mb, 0.001, 1e6)
+    _check_range("--grace", grace, 0, 86_400)
+    for flag, gigabytes in (("--kv-gb", kv_gb), ("--kv-host-gb", kv_host_gb), ("--kv-disk-gb", kv_disk_gb)):
+        _check_range(flag, gigabytes or 0, 0, 1e6)
+    for origin in cors or ():
+        _check_origin(origin)
     settings = ServerSettings(max_requests=max_requests, max_body=int(max_body_mb * 1e6), cors=tuple(cors or ()))
     books = _open_books(database or default_database(), price_list or [])
     if not allow_open and not loopback(host) and not len(books.keyring or ()):
@@ -80,7 +89,7 @@ def serve(
     listening = bound(host, port)
     folder = kv_disk_dir.expanduser() if kv_disk_dir else None
     memory = Memory(
-        device=int(kv_gb * _GB),
+        device=None if kv_gb is None else int(kv_gb * _GB),
         host=int(kv_host_gb * _GB),
         disk=int(kv_disk_gb * _GB),
         folder=folder / "kv" if folder else None,
@@ -96,6 +105,18 @@ def serve(
     if log:
         _log_requests()
     _run(listening, create_app(llm, desk, settings=settings, books=books), llm, books, desk, grace)
+
+
+def _check_range(flag: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ConfigError(f"{flag} {value:g} is out of range: it must be from {least:g} to {most:,.0f}")
+
+
+def _check_origin(origin: str) -> None:
+    found = urlsplit(origin)
+    whole = found.scheme and found.netloc and origin == f"{found.scheme}://{found.netloc}"
+    if origin not in ("*", "null") and not whole:
+        raise ConfigError(f"--cors '{origin}' is no origin: write https://chat.example.org, or * for all")
 
 
 def _load(
@@ -118,12 +139,16 @@ def _load(
 def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk, grace: float) -> None:
     from fathom.server.listen import Listener, Patience
 
+    if books.keyring:
+        books.keyring.watch()
     print(_welcome(listening, desk.served, bool(len(books.keyring or ()))), file=sys.stderr, flush=True)
     try:
         Listener(app, Patience(end=grace)).run(sockets=[listening])
     finally:
         llm.close()
         desk.replay.close()
+        if books.keyring:
+            books.keyring.close()
         if books.meter:
             books.meter.close()
 
@@ -145,9 +170,11 @@ def _open_books(url: str, lists: Sequence[Path]) -> Books:
 
 def _journal(url: str) -> Path:
     """Where finished requests wait for the database: beside an SQLite file, else in the user's data."""
-    if url.startswith("sqlite:///"):
-        return Path(url.removeprefix("sqlite:///") + ".journal")
-    name = sha256(url.encode()).hexdigest()[:16]
+    from fathom.server.database import place, sqlite_file
+
+    if file := sqlite_file(url):
+        return file.with_name(file.name + ".journal")
+    name = sha256(place(url).encode()).hexdigest()[:16]
     return Path.home() / ".local" / "share" / "fathom" / f"{name}.journal"
 
 

@@ -27,6 +27,7 @@ def train(
     import torch
 
     from fathom.config import WEIGHTS
+    from fathom.engine.llm import checked_device
     from fathom.errors import TrainError
     from fathom.train.export import export
     from fathom.train.recipes import adapted
@@ -34,15 +35,14 @@ def train(
     from fathom.train.render import open_renderer
     from fathom.train.trainer import CHECKPOINT, Trainer
 
+    place = checked_device(device)
     if threads:
         torch.set_num_threads(threads)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise TrainError(f"device {device} is not there: torch sees no GPU; use --device cpu")
     # Products of a GPU in TF32: twice the speed, and noise below the gradient's.
     torch.set_float32_matmul_precision("high")
     source = tokenizer or WEIGHTS / "small"
     config = adapted(named(recipe), minutes, workers, open_renderer(source).size)
-    trainer = Trainer(config, out, partial(open_renderer, source), device, _say)
+    trainer = Trainer(config, out, partial(open_renderer, source), place, _say)
     if resume:
         trainer.resume()
     elif (out / CHECKPOINT).exists():

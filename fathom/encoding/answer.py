@@ -132,6 +132,8 @@ class AnswerWriter:
         self._set_usage(whole.get("usage"))
         if self._all_logprobs and whole.get("choices"):
             whole["choices"][0]["logprobs"] = self._all_logprobs
+        if self.form.logprobs and self.form.protocol == "responses":
+            self._put_logprobs({"response": whole})
         return json.dumps(whole, ensure_ascii=False)
 
     def message(self) -> dict[str, Any]:
@@ -165,7 +167,8 @@ class AnswerWriter:
     def _amended(self, text: str) -> str:
         """A payload with our own counts and log probabilities."""
         counts, waiting = '"usage":{' in text, bool(self._logprobs) and '"choices":[{' in text
-        if not counts and not waiting:
+        listed = self.form.logprobs and '"logprobs":[]' in text
+        if not counts and not waiting and not listed:
             return text
         payload = json.loads(text)
         if counts:
@@ -173,6 +176,8 @@ class AnswerWriter:
                 self._set_usage((holder or {}).get("usage"))
         if waiting:
             payload["choices"][0]["logprobs"] = self._take_logprobs()
+        if listed:
+            self._put_logprobs(payload)
         return json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
 
     def _take_logprobs(self) -> dict[str, list[dict[str, Any]]]:
@@ -183,6 +188,21 @@ class AnswerWriter:
         for name, entries in taken.items():
             self._all_logprobs.setdefault(name, []).extend(entries)
         return taken
+
+    def _put_logprobs(self, event: dict[str, Any]) -> None:
+        """Into an event of Responses, which lists those of the answer's text: a piece its own, all else the whole."""
+        kind = event.get("type", "")
+        if kind == "response.output_text.delta":
+            event["logprobs"] = self._take_logprobs()["content"]
+        if kind.endswith((".delta", ".added")):
+            return
+        self._take_logprobs()
+        said = self._all_logprobs["content"]
+        items = [event.get("item") or {}, *(event.get("response") or {}).get("output", ())]
+        parts = [event.get("part") or {}, *(part for item in items for part in item.get("content") or ())]
+        for part in (event, *parts):
+            if "logprobs" in part:
+                part["logprobs"] = said
 
     def _entry(self, token: int, found: Logprob) -> dict[str, Any]:
         top = [self._named(i, value) for i, value in found.top]

@@ -9,7 +9,7 @@ from typing import Any
 from fathom.api import Event, FinishReason, GenerateRequest, Logprob, SamplingParams
 from fathom.encoding import wishes
 from fathom.encoding.answer import Frame
-from fathom.encoding.body import refuse_unsupported
+from fathom.encoding.body import refuse_unsupported, shown
 from fathom.encoding.desk import Desk
 from fathom.encoding.exchange import Exchange
 from fathom.encoding.guide import AnswerGuide
@@ -28,10 +28,10 @@ class Completions(Exchange):
         self.protocol, self.desk, self.key, self.thinking = "completions", desk, key, False
         body = {name: value for name, value in body.items() if value is not None}
         self.model = desk.model(body.get("model"), "completions")
-        self.stream = bool(body.get("stream"))
+        self.stream = _flag(body, "stream")
         self.prompt = _one(body.get("prompt"))
         self.suffix = body.get("suffix") or ""
-        self.echo = bool(body.get("echo"))
+        self.echo = _flag(body, "echo")
         self.stops = _stops(body.get("stop"))
         refuse_unsupported(body)
         self.namespace = json.dumps(["completions", key, wishes.user(body, self.protocol, False)])
@@ -52,12 +52,14 @@ class Completions(Exchange):
     def _ids(self) -> list[int]:
         tokenizer = self.desk.codec.tokenizer
         first = [tokenizer.added["<｜begin▁of▁sentence｜>"]]
+        self.desk.bounded(self.prompt)
         if not self.suffix:
             return first + tokenizer.encode(self.prompt)
         if not isinstance(self.suffix, str):
             raise RequestError(400, "suffix must be a string", param="suffix")
         if missing := [token for token in _FIM if token not in tokenizer.added]:
             raise RequestError(400, f"this model cannot fill in: its vocabulary has no {missing[0]}", param="suffix")
+        self.desk.bounded(self.suffix)
         begin, hole, end = (tokenizer.added[token] for token in _FIM)
         return [*first, begin, *tokenizer.encode(self.prompt), hole, *tokenizer.encode(self.suffix), end]
 
@@ -75,6 +77,7 @@ class Completions(Exchange):
             return SamplingParams(
                 temperature=float(body.get("temperature", settings.temperature)),
                 top_p=float(body.get("top_p", settings.top_p)),
+                top_k=wishes.top_k(body),
                 max_tokens=min(longest, left),
                 seed=body.get("seed"),
                 logprobs=None if logprobs is None or logprobs is False else int(logprobs),
@@ -93,6 +96,7 @@ class TextWriter:
         self._held, self._said, self._finish = "", exchange.prompt if exchange.echo else "", "stop"
         self._prompt = (0, 0)
         self._logprobs: list[tuple[int, Logprob]] = []
+        self._told = 0  # of them, in frames
         self.ids: list[int] = []
         self.stopped = False
 
@@ -147,10 +151,12 @@ class TextWriter:
         return [self._frame(text)] if text else []
 
     def _frame(self, text: str, finish: str | None = None) -> Frame:
-        return Frame(json.dumps(self._payload(text, finish, whole=False), ensure_ascii=False))
+        frame = Frame(json.dumps(self._payload(text, finish, whole=False), ensure_ascii=False))
+        self._told = len(self._logprobs)
+        return frame
 
     def _payload(self, text: str, finish: str | None, whole: bool) -> dict[str, Any]:
-        choice = {"index": 0, "text": text, "logprobs": self._shown_logprobs() if whole else None}
+        choice = {"index": 0, "text": text, "logprobs": self._shown_logprobs(0 if whole else self._told)}
         payload = {
             "id": self.identity,
             "object": "text_completion",
@@ -171,14 +177,16 @@ class TextWriter:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def _shown_logprobs(self) -> dict[str, Any] | None:
-        if not self._logprobs:
+    def _shown_logprobs(self, first: int) -> dict[str, Any] | None:
+        """Those of the tokens from this one on."""
+        shown = self._logprobs[first:]
+        if not shown:
             return None
         text = self.exchange.desk.codec.tokenizer.decode
         return {
-            "tokens": [text([i]) for i, _ in self._logprobs],
-            "token_logprobs": [max(p.logprob, -9999.0) for _, p in self._logprobs],
-            "top_logprobs": [{text([i]): max(v, -9999.0) for i, v in p.top} for _, p in self._logprobs],
+            "tokens": [text([i]) for i, _ in shown],
+            "token_logprobs": [max(p.logprob, -9999.0) for _, p in shown],
+            "top_logprobs": [{text([i]): max(v, -9999.0) for i, v in p.top} for _, p in shown],
         }
 
 
@@ -188,6 +196,13 @@ def _one(prompt: Any) -> str:
     if not isinstance(prompt, str):
         raise RequestError(400, "prompt must be a string", param="prompt")
     return prompt
+
+
+def _flag(body: dict[str, Any], name: str) -> bool:
+    value = body.get(name, False)
+    if not isinstance(value, bool):
+        raise RequestError(400, f"{name} must be true or false, not {shown(value)}", param=name)
+    return value
 
 
 def _stops(given: Any) -> tuple[str, ...]:

@@ -44,18 +44,23 @@ def conversation(
 ) -> deepseek_recipe.Conversation:
     """A conversation ready to be rendered in `dialect`; schema: JSON Schema the answer must follow, told to the model.
 
-    Raises PromptError for an unknown role, field, effort or malformed tool, naming the message.
+    Raises PromptError for an unknown role, field, effort or malformed tool, naming the message; for what is not UTF-8.
     """
     level = dialect.level(effort)
     if not messages:
         raise PromptError("the conversation is empty: it needs at least one message")
-    return library().Conversation(
-        _Builder(thinks=level is not None).build(messages),
-        thinking_mode=level is not None,
-        reasoning_effort=level,
-        tools=[_tool(n, t) for n, t in enumerate(tools)] or None,
-        response_schema=schema,
-    )
+    try:
+        return library().Conversation(
+            _Builder(thinks=level is not None).build(messages),
+            thinking_mode=level is not None,
+            reasoning_effort=level,
+            tools=[_tool(n, t) for n, t in enumerate(tools)] or None,
+            response_schema=schema,
+        )
+    except UnicodeEncodeError as error:  # a lone surrogate: Python's stand-in for a byte that was no UTF-8
+        code = ord(error.object[error.start])
+        problem = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"U+{code:04X}"
+        raise PromptError(f"a text is not UTF-8 ({problem} at place {error.start}): convert it first") from None
 
 
 @dataclass

@@ -36,6 +36,7 @@ class Conversing(Exchange):
         self.protocol, self.desk, self.key = protocol, desk, key
         self.model = desk.model(body.get("model"), protocol)
         self.budget = wishes.budget(body)
+        self._format = wishes.json_format(body) if protocol == "messages" and not desk.strict else None
         body = normalise.NORMALISERS[protocol]({**body, "model": _LIBRARY_MODEL}, desk.strict)
         self.forced = None if desk.strict else wishes.take_choice(body, protocol)
         self._keep_thinking = bool(body.pop(normalise.KEEP_THINKING, False))
@@ -135,6 +136,7 @@ class Conversing(Exchange):
             rendered = codec.render_conversation(rebuilt)
         except (RuntimeError, ValueError) as error:
             raise PromptError(str(error)) from None
+        self.desk.bounded(rendered.prompt)
         self.prompt_ids = spliced(codec, rendered, rebuilding.turns, self._keep_thinking)
         stage = self.options.thinking_initial_stage
         self.thinking = bool(stage and stage.starts_in_reasoning())
@@ -161,9 +163,11 @@ class Conversing(Exchange):
         choice = given.tool_choice
         if self.forced is not None and not given.thinking_mode:
             choice = "required"
-        formats = {"response_schema": given.response_schema} if given.response_format == "json_schema" else {}
+        told = {"response_schema": given.response_schema} if given.response_format == "json_schema" else {}
         if given.response_format == "json_object":
-            formats = {"response_format": "json_object"}
+            told = {"response_format": "json_object"}
+        elif self._format is not None:
+            told = {"response_schema": self._format}
         tools = given.tools
         if self.forced and not given.thinking_mode:
             tools = [tool for tool in tools if tool.name in self.forced]
@@ -173,7 +177,7 @@ class Conversing(Exchange):
             tools=tools or None,
             tool_choice=choice,
             reasoning_effort=_APRIL.get(effort, effort) if april and effort else effort,
-            **formats,
+            **told,
         )
 
     def _known(self, question: str, message: Any) -> Turn | None:
@@ -183,7 +187,8 @@ class Conversing(Exchange):
         if self._keep_thinking and said.reasoning and not calls:
             tokenizer = self.desk.codec.tokenizer
             end = tokenizer.added[END_OF_THINKING]
-            return Turn.of([*tokenizer.encode(said.reasoning), end, *tokenizer.encode(said.text)], True, said)
+            reasoning, text = map(self.desk.bounded, (said.reasoning, said.text))
+            return Turn.of([*tokenizer.encode(reasoning), end, *tokenizer.encode(text)], True, said)
         return self.desk.replay.find(self._scope, question, [call.id for call in message.tool_calls or ()], said)
 
     # --- sampling
@@ -221,28 +226,36 @@ class Conversing(Exchange):
         return int(min(usual, context - prompt))
 
     def _guide(self) -> AnswerGuide:
-        grammars, constraint = self.desk.codec.grammars, self._request.inference_options.output_constraint
-        thinking, kind = self.thinking, constraint.kind if constraint else ""
+        grammars, schema = self.desk.codec.grammars, self._schema()
         if self._tools_allowed():
-            return self._call_guide(grammars)
-        matcher = None
-        if kind == "json":
-            matcher = grammars.json(json.loads(constraint.schema) if constraint.schema else {"type": "object"})
-        return AnswerGuide(grammars, thinking=thinking, budget=self.budget, matcher=matcher)
+            return self._call_guide(grammars, schema)
+        matcher = grammars.json(schema) if schema is not None else None
+        return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, matcher=matcher)
 
-    def _call_guide(self, grammars: Grammars) -> AnswerGuide:
-        """A forced call begins the answer; one of the model's own will is held to its form once it has begun."""
+    def _schema(self) -> Any:
+        """What the answer must be as JSON; None if it may be any text."""
+        given = self._request.conversation
+        if given.response_format == "json_object":
+            return {"type": "object"}
+        return given.response_schema if given.response_format == "json_schema" else self._format
+
+    def _call_guide(self, grammars: Grammars, schema: Any) -> AnswerGuide:
+        """A forced call begins the answer; one of the model's own will is held to its form once it has begun. Where
+        JSON is wanted, the answer is that or calls, without a word beside them.
+        """
         tools = self._request.conversation.tools
         chosen = [tool for tool in tools if not self.forced or tool.name in self.forced]
         functions = [Function(t.name, t.parameters or {}, t.name in self._strict) for t in chosen]
         in_block = self.options.starts_in_tool_calls
+        forced = self.forced is not None or in_block
         try:
-            if self.forced is not None or in_block:
-                matcher = grammars.calls(functions, "" if in_block else grammars.opening(whole=True))
+            if forced or schema is not None:
+                opening = "" if in_block else grammars.opening(whole=True)
+                matcher = grammars.calls(functions, opening, None if forced else schema)
                 return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, matcher=matcher)
             calls = grammars.calls(functions, grammars.opening(whole=False))
         except RequestError:
-            if self.forced is not None or any(function.strict for function in functions):
+            if forced or schema is not None or any(function.strict for function in functions):
                 raise
             calls = None  # a schema that cannot be enforced: the model is trusted, the guard still reads
         return AnswerGuide(grammars, thinking=self.thinking, budget=self.budget, calls=calls)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fathom.encoding.codec import Codec
 from fathom.encoding.replay import ReplayStore
-from fathom.errors import RequestError
+from fathom.errors import ContextError, RequestError
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,13 @@ class Desk:
             wanted = "deepseek-v4-pro" if "opus" in name else "deepseek-v4-flash"
             return wanted if wanted in self.served else self.served[0]
         raise RequestError(400, f"model '{requested}' is not served: use {self._names()}", param="model")
+
+    def bounded(self, text: str) -> str:
+        """A text of a prompt, if the context may hold it. Raises ContextError, soon and for little memory."""
+        if self.codec.tokenizer.surely_more(text, self.context):
+            limit = f"the prompt has more than {self.context} tokens, but the context holds {self.context}"
+            raise ContextError(f"{limit} with the answer: shorten it, or allow a longer context")
+        return text
 
     def _names(self) -> str:
         return " or ".join(self.served)

@@ -15,8 +15,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fathom.api import EFFORTS
-from fathom.errors import ConfigError, PromptError
+from fathom.api import EFFORTS, SamplingParams
+from fathom.errors import ConfigError, PromptError, SamplingError
 
 
 class Dialect(StrEnum):
@@ -53,13 +53,29 @@ class Settings:
 
     @staticmethod
     def load(folder: Path, dialect: str | None = None) -> Settings:
-        """Read the folder's `fathom.json` if it has one. Raises ConfigError for unknown keys and dialects."""
-        found = _read(folder / "fathom.json")
+        """Read the folder's `fathom.json` if it has one. Raises ConfigError for unknown keys, dialects and values."""
+        path = folder / "fathom.json"
+        found = _read(path)
         known = [f.name for f in fields(Settings)]
         if unknown := sorted(set(found) - set(known)):
-            raise ConfigError(f"{folder / 'fathom.json'}: unknown key '{unknown[0]}'; known are {', '.join(known)}")
+            raise ConfigError(f"{path}: unknown key '{unknown[0]}'; known are {', '.join(known)}")
+        _check_numbers(path, found)
         chosen = dialect or found.get("dialect") or _by_rule(folder)
         return Settings(**(found | {"dialect": _named(str(chosen))}))
+
+
+def _check_numbers(path: Path, found: dict[str, Any]) -> None:
+    for name in ("max_tokens", "context"):
+        value = found.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(f"{path}: {name} is {value!r}: it must be a whole number of at least 1, or left out")
+    for name in found.keys() & {"temperature", "top_p"}:
+        if type(found[name]) not in (int, float):
+            raise ConfigError(f"{path}: {name} is {found[name]!r}: it must be a number, or left out")
+        try:
+            SamplingParams(**{name: found[name]})
+        except SamplingError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
 
 def _named(name: str) -> Dialect:

@@ -46,12 +46,14 @@ class Grammars:
         """A matcher for one JSON value that fits `schema`."""
         return self._matcher(f"start: %json {json.dumps({**_COMPACT, **schema})}\n", "the schema")
 
-    def calls(self, functions: Sequence[Function], opening: str) -> Any:
+    def calls(self, functions: Sequence[Function], opening: str, instead: Schema | None = None) -> Any:
         """A matcher for a block of calls; `opening`: what of its beginning is still to come.
 
         The arguments stand in the order of the schema; a string may hold any text, other values fit their schema.
+        instead: what a JSON value must fit that may come in place of the block.
         """
-        lines = [f'start: {opening}invoke ("\\n" invoke)* "\\n</" {self.mark} "tool_calls>"']
+        lines = ["start: block" + (f" | %json {json.dumps({**_COMPACT, **instead})}" if instead is not None else "")]
+        lines.append(f'block: {opening}invoke ("\\n" invoke)* "\\n</" {self.mark} "tool_calls>"')
         lines.append("invoke: " + " | ".join(f"f{n}" for n in range(len(functions))))
         for n, function in enumerate(functions):
             lines += self._function(n, function)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 from fathom.encoding.body import parse
@@ -10,7 +9,10 @@ from fathom.encoding.completion import Completions
 from fathom.encoding.conversing import Conversing
 from fathom.encoding.desk import Desk
 from fathom.encoding.exchange import Exchange
-from fathom.errors import RequestError
+from fathom.errors import ContextError, RequestError
+
+_COUNTED = 1 << 22
+"""Tokens up to which a prompt is counted, whatever the context: each takes memory while it is."""
 
 
 def open_exchange(protocol: str, raw: bytes, desk: Desk, *, key: str = "") -> Exchange:
@@ -24,4 +26,8 @@ def open_exchange(protocol: str, raw: bytes, desk: Desk, *, key: str = "") -> Ex
 
 def count_tokens(raw: bytes, desk: Desk, *, key: str = "") -> int:
     """Prompt tokens of a Messages body, which need not fit the context. Raises RequestError."""
-    return len(open_exchange("messages", raw, replace(desk, context=sys.maxsize), key=key).prompt_ids)
+    most = max(_COUNTED, desk.context)
+    try:
+        return len(open_exchange("messages", raw, replace(desk, context=most), key=key).prompt_ids)
+    except ContextError:
+        raise RequestError(400, f"the prompt has more than {most} tokens, which are not counted: shorten it") from None

@@ -7,9 +7,11 @@ everything would be computed again. Reference api C.4 number 16.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import threading
+import time
 import zlib
 from array import array
 from collections import OrderedDict
@@ -26,6 +28,9 @@ MOST_TOKENS = 32_000_000
 
 _SLACK = 1_000
 """Lines that are no longer wanted before the file is written anew, besides as many as are wanted."""
+
+_PAUSE = 60.0
+"""Seconds without writing after a write failed."""
 
 _VERSION = 1
 
@@ -70,7 +75,7 @@ class ReplayStore:
     """Turns by the ids of their calls, and by what was said; the least recently used go first.
 
     path: a file that survives a restart, whose lines have checksums; None keeps turns in memory only. trouble: why
-    turns are no longer written, if they are not.
+    turns are not written now, if they are not.
     """
 
     def __init__(self, path: Path | None = None, limit: int = MOST_TURNS, tokens: int = MOST_TOKENS) -> None:
@@ -78,7 +83,7 @@ class ReplayStore:
         self._limit, self._most_tokens, self._tokens = limit, tokens, 0
         self._lock = threading.Lock()
         self._path, self._file, self._lines = path, -1, 0
-        self.trouble = ""
+        self.trouble, self._paused_until = "", 0.0
         if path:
             self._open(path)
 
@@ -88,7 +93,8 @@ class ReplayStore:
             for key in _keys(scope, question, call_ids, said):
                 self._put(key, turn)
                 self._write(key, turn)
-            if self._lines > 2 * len(self._turns) + _SLACK:
+            again = self.trouble and time.monotonic() >= self._paused_until
+            if again or self._lines > 2 * len(self._turns) + _SLACK:
                 self._compact()
 
     def find(self, scope: str, question: str, call_ids: Sequence[str], said: Said) -> Turn | None:
@@ -121,14 +127,15 @@ class ReplayStore:
                 self._put(key, turn)
         except OSError as error:
             self._fail(error)
+            self._path = None  # what could not be read is not overwritten
         self._compact()
 
     def _compact(self) -> None:
         """Write the file anew, aside, then put it in its place."""
-        if self._path is None or self.trouble:
+        if self._path is None:
             return
         self._shut()
-        aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        self.trouble, aside = "", self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             self._file = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
             self._lines = 0
@@ -138,6 +145,9 @@ class ReplayStore:
                 aside.replace(self._path)
         except OSError as error:
             self._fail(error)
+        if self.trouble:
+            with contextlib.suppress(OSError):
+                aside.unlink()
 
     def _write(self, key: str, turn: Turn) -> None:
         if self._file < 0:
@@ -153,6 +163,7 @@ class ReplayStore:
 
     def _fail(self, error: OSError) -> None:
         self._shut()
+        self._paused_until = time.monotonic() + _PAUSE
         self.trouble = f"answers are kept in memory only, {self._path} cannot be written: {error.strerror}"
 
     def _shut(self) -> None:

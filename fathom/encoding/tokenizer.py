@@ -38,6 +38,11 @@ _SHORT = 4_000
 """Characters below which texts are encoded here and now: on a busy machine, other threads would answer later."""
 
 
+_PIECE, _AT_ONCE, _CUT = 50_000, 8, 100
+"""A text that may be far too long is counted in pieces of so many characters, so many at a time; so many tokens of each
+are not counted, because a cut may make two of one."""
+
+
 class Tokenizer:
     """The tokenizer of a checkpoint.
 
@@ -88,6 +93,21 @@ class Tokenizer:
         for (start, end), piece in zip(known, others, strict=True):
             ids += [self.added[text[start:end]], *piece]
         return ids
+
+    def surely_more(self, text: str, most: int) -> bool:
+        """Whether a text has more tokens than that for certain, found out without encoding all of it. A text of fewer
+        characters is always let pass: it is encoded as quickly.
+        """
+        if len(text) <= max(most, _PIECE):
+            return False
+        count = 0
+        for start in range(0, len(text), _PIECE * _AT_ONCE):
+            part = text[start : start + _PIECE * _AT_ONCE]
+            pieces = self._encoded([part[n : n + _PIECE] for n in range(0, len(part), _PIECE)])
+            count += sum(max(0, len(ids) - _CUT) for ids in pieces)
+            if count > most:
+                return True
+        return False
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         """Long ones in a batch, even of one: only then does the library let other threads of Python go on meanwhile."""

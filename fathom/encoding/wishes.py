@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fathom.encoding.body import shown
+from fathom.encoding.tools import closed
 from fathom.errors import RequestError
 
 
@@ -60,6 +62,18 @@ def budget(body: Mapping[str, Any]) -> int | None:
     thinking = body.get("thinking")
     found = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
     return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
+
+
+def json_format(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The schema that the answer of a Messages body must fit, which the library leaves aside; None for any text."""
+    options = body.get("output_config")
+    form = options.get("format") if isinstance(options, dict) else None
+    if form is None:
+        return None
+    if not isinstance(form, dict) or form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
+        wanted = '{"type": "json_schema", "schema": {...}}'
+        raise RequestError(400, f"output_config.format must be {wanted}, not {shown(form)}", param="output_config")
+    return dict(closed(form["schema"]))
 
 
 def take_task(body: dict[str, Any]) -> str | None:

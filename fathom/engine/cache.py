@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,9 +25,6 @@ from fathom.errors import ContextError
 from fathom.model.batch import Tile
 from fathom.model.cache import LayerState, Recent
 from fathom.model.layers import Numerics
-
-if TYPE_CHECKING:
-    from fathom.kernels.paged_triton import Ring
 
 _OVERLAP = 4
 """Tokens of the closed block that the next one's entry overlaps with."""
@@ -63,50 +59,13 @@ class _Store:
         return self.rows[table.index[:count]].flatten(0, 1)[:end]
 
 
-class _Steps:
-    """What the device must know of the slots for steps of one token each: page tables, and where recent rows begin."""
-
-    def __init__(self, slots: int, pages: int, device: torch.device) -> None:
-        self.table = torch.zeros(slots, pages, dtype=torch.int32, device=device)
-        self.reach = pages * PAGE
-        self.recents: list[Recent] = []
-        self._base = torch.zeros(0, dtype=torch.int32)
-        self._until = [0] * slots
-
-    def bind(self, slot: int, pages: Sequence[int]) -> None:
-        """The pages of a slot's sequence."""
-        self.table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-
-    def add(self, recents: Iterable[Recent]) -> None:
-        """These belong to the slots, too."""
-        self.recents += recents
-        self._base = torch.zeros(len(self.recents), len(self._until), dtype=torch.int32, device=self.table.device)
-
-    def base(self, recent: Recent) -> Tensor:
-        """int32 [slots]: the positions of a kind's first rows."""
-        return self._base[self.recents.index(recent)]
-
-    def forget(self, slot: int) -> None:
-        """The slot's rows have moved."""
-        self._until[slot] = 0
-
-    def room(self, slots: Sequence[int], positions: Sequence[int]) -> None:
-        """Make room for a row at each slot's position; to be called before every step."""
-        late = [(s, p) for s, p in zip(slots, positions, strict=True) if p >= self._until[s]]
-        for slot, position in late:
-            for recent in self.recents:
-                if position - recent.base[slot] >= recent.rows.shape[1]:
-                    recent.slide(slot, position)
-            self._until[slot] = min(recent.base[slot] + recent.rows.shape[1] for recent in self.recents)
-        if late:
-            self._base.copy_(torch.tensor([recent.base for recent in self.recents], dtype=torch.int32))
-
-
 class _Layer:
     """The memory of one layer."""
 
-    def __init__(self, tables: list[_Table], steps: _Steps) -> None:
-        self.tables, self._steps = tables, steps
+    memory = None
+
+    def __init__(self, tables: list[_Table]) -> None:
+        self.tables = tables
         self.recents: dict[str, Recent] = {}
         self.stores: dict[str, _Store] = {}
 
@@ -118,26 +77,6 @@ class _Layer:
         if new.shape[0]:
             store.write(table, start, new)
         return store.read(table, start + new.shape[0])
-
-    @property
-    def table(self) -> Tensor:
-        return self._steps.table
-
-    @property
-    def reach(self) -> int:
-        return self._steps.reach
-
-    def paged(self) -> _Layer:
-        return self
-
-    def ring(self, name: str) -> Ring:
-        from fathom.kernels.paged_triton import Ring
-
-        recent = self.recents[name]
-        return Ring(recent.rows, self._steps.base(recent))
-
-    def store(self, name: str) -> Tensor:
-        return self.stores[name].rows
 
 
 class _Kept:
@@ -189,6 +128,7 @@ class PagedCache:
     """`slots` running sequences over `pages` pages.
 
     drafts: keep the MTP block's window as well. Results are those of `ContiguousCache`, bit for bit.
+    On a GPU: `DeviceCache`, where a model suits it.
     """
 
     def __init__(
@@ -202,13 +142,14 @@ class PagedCache:
     ) -> None:
         self.slots, self.pages, self.device = slots, pages, torch.device(device)
         self._tables = [_Table([], self.device) for _ in range(slots)]
-        longest = -(-config.max_position_embeddings // PAGE)
-        self.steps = _Steps(slots, min(pages, longest), self.device)
         layers = config.num_hidden_layers + (config.num_nextn_predict_layers if drafts else 0)
         ratios = [config.ratio(i) for i in range(layers)]
         self._layers = [self._make(config, numerics, ratio) for ratio in ratios]
         self._planes = [(form, stores) for form, stores in self._stores(config, numerics) if stores]
         self._kept = [kept for kept in self._states(config, numerics, ratios) if kept.recents]
+
+    form = "rows"
+    """Says how blocks and states are stored."""
 
     @property
     def block_bytes(self) -> int:
@@ -229,13 +170,10 @@ class PagedCache:
         """The slot's sequence has these pages, in order. To be called before a model call whenever they changed."""
         if self._tables[slot].pages != pages:
             self._tables[slot] = _Table(pages, self.device)
-            if self.device.type != "cpu":
-                self.steps.bind(slot, pages)
 
     def admit(self, tiles: Iterable[Tile]) -> None:
         """Refuse a call that would go past a slot's pages, before any layer has stored a row of it."""
         for tile in tiles:
-            self.steps.forget(tile.slot)
             count = len(self._tables[tile.slot].pages)
             if tile.end > count * PAGE:
                 text = f"slot {tile.slot} has {count} pages of {PAGE} tokens, too few for {tile.end}"
@@ -279,7 +217,6 @@ class PagedCache:
     @torch.inference_mode()
     def load_state(self, slot: int, at: int, state: bytes) -> None:
         """Put what `state` gave into a slot, whose sequence then goes on at `at`."""
-        self.steps.forget(slot)
         for recent in (r for layer in self._layers for r in layer.recents.values()):
             recent.put(slot, at, recent.rows[slot, :0])
         parts = self._bytes(state).split([kept.size(at) for kept in self._kept])
@@ -289,13 +226,12 @@ class PagedCache:
     def _make(self, config: ModelConfig, numerics: Numerics, ratio: int) -> _Layer:
         dims = {"compressor": config.head_dim} if ratio else {}
         dims |= {"indexer": config.index_head_dim} if ratio == 4 else {}
-        layer = _Layer(self._tables, self.steps)
+        layer = _Layer(self._tables)
         layer.recents["window"] = Recent(self.slots, config.head_dim, numerics.dtype, self.device)
         for name, dim in dims.items():
             width = (4 if ratio == 4 else 2) * dim
             layer.recents[name] = Recent(self.slots, width, torch.float32, self.device)
             layer.stores[name] = _Store(self.pages, ratio, dim, numerics.dtype, self.device)
-        self.steps.add(layer.recents.values())
         return layer
 
     def _stores(self, config: ModelConfig, numerics: Numerics) -> Iterator[tuple[Packing, list[_Store]]]:

@@ -1,22 +1,27 @@
-"""The cache as decode on a GPU reads it: bytes in planes, addressed on the device. Reference 5.1, 5.2.
+"""The engine's cache as a GPU's kernels read it: bytes in planes, addressed on the device. Reference 5.1, 5.2.
 
 As in `cache`, entries lie in pages of 128 tokens, recent rows in the slots of running sequences. Here every kind is
 stored in its quantised form, recent rows are rings addressed by position, so that nothing is ever moved, and the page
-tables are a device tensor.
+tables are a device tensor. Blocks and states, the stored forms of lower tiers, are the planes' own bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fathom.config import ModelConfig
 from fathom.engine.request import PAGE, pages_for
 from fathom.errors import ContextError
+from fathom.kernels import dispatch
 from fathom.kernels.decode import Memory
-from fathom.kernels.stored import Keys, Rows
+from fathom.kernels.stored import BLOCK, Keys, Rows
+from fathom.model.batch import Tile
+from fathom.model.transformer import Transformer
 
 REWIND = 8
 """Tokens that a sequence may step back (rejected drafts) without losing a row."""
@@ -31,6 +36,32 @@ def window_ring(span: int) -> int:
 def tail_ring() -> int:
     """Rows of a tail: an open block of 128, or the block before the last page border, and a rewind."""
     return -(-(PAGE + REWIND + _OVERLAP) // 16) * 16
+
+
+def unfit(model: Transformer) -> str:
+    """Why the kernels cannot serve this model where it is; nothing: empty."""
+    config, device = model.config, model.embed.weight.device
+    front = config.head_dim - config.qk_rope_head_dim
+    if device.type != "cuda" or not dispatch.on(device):
+        return f"there are no kernels on {device}"
+    if not model.numerics.quantize or model.numerics.dtype != torch.bfloat16:
+        return "rows are stored as FP8, which this model's are not"
+    if front % BLOCK or any(n & (n - 1) for n in (config.head_dim, config.index_head_dim)):
+        return "the sizes of this model's heads have no kernels"
+    return ""
+
+
+@dataclass(frozen=True)
+class _State:
+    """The memory of one layer; only kernels read it."""
+
+    memory: Memory
+
+    def recent(self, name: str, tile: Tile, new: Tensor, first: int) -> Tensor:
+        raise NotImplementedError
+
+    def entries(self, name: str, tile: Tile, start: int, new: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 class DeviceCache:
@@ -54,6 +85,13 @@ class DeviceCache:
         self.table = torch.zeros(slots, pages_for(self.max_context), dtype=torch.int32, device=self.device)
         count = config.num_hidden_layers + (config.num_nextn_predict_layers if drafts else 0)
         self.layers = [self._layer(config, config.ratio(i), packed_keys) for i in range(count)]
+        self.form = f"planes, {'FP4' if packed_keys else 'FP8'} keys"
+        self._bound: list[list[int]] = [[] for _ in range(slots)]
+        self._reached = [0] * slots
+
+    def layer(self, index: int) -> _State:
+        """The memory of layer `index`; the MTP block is the one after the last."""
+        return _State(self.layers[index])
 
     def bind(self, slot: int, pages: Sequence[int]) -> None:
         """The slot's sequence has these pages, in order. To be called before a step whenever they changed.
@@ -65,13 +103,31 @@ class DeviceCache:
                 f"{len(pages)} pages of {PAGE} tokens are more than this cache's {self.max_context} tokens of context"
             )
             raise ContextError(f"{text}: give it more context, or shorten the request")
+        if self._bound[slot] == pages:
+            return
+        self._bound[slot] = list(pages)
         host = torch.tensor(pages, dtype=torch.int32)
         self.table[slot, : len(pages)].copy_(host.pin_memory() if self.table.is_cuda else host, non_blocking=True)
+
+    def admit(self, tiles: Iterable[Tile]) -> None:
+        """Refuse a call that would go past a slot's pages, before any layer has stored a row of it."""
+        for tile in tiles:
+            self.reach(tile.slot, tile.end)
+
+    def reach(self, slot: int, end: int) -> None:
+        """The slot's sequence is about to be stored up to position `end`. Raises ContextError without pages for it."""
+        if end > len(self._bound[slot]) * PAGE:
+            text = f"slot {slot} has {len(self._bound[slot])} pages of {PAGE} tokens, too few for {end}"
+            raise ContextError(f"{text}: bind more pages to it")
+        self._reached[slot] = end
 
     @property
     def page_bytes(self) -> int:
         """Bytes of a page, all layers together."""
         return sum(_bytes(t) // self.pages for m in self.layers for s in (m.entries, m.keys) if s for t in s.planes)
+
+    block_bytes = page_bytes
+    """Bytes of a block."""
 
     @property
     def slot_bytes(self) -> int:
@@ -80,9 +136,83 @@ class DeviceCache:
         return sum(_bytes(t) // self.slots for t in (*recent, self.table))
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Bytes of everything."""
         return self.pages * self.page_bytes + self.slots * self.slot_bytes
+
+    def state_bytes(self, at: int) -> int:
+        """Bytes of a state at position `at`: the same from the window's size on."""
+        return sum(rows * size for _, rows, size, _ in self._recents(at))
+
+    @torch.inference_mode()
+    def blocks(self, pages: Sequence[int]) -> list[bytes]:
+        """The stored form of full pages, `block_bytes` each."""
+        if not pages:
+            return []
+        index = self._index(pages)
+        parts = [plane[index] for plane in self._pages()]
+        empty = torch.empty(len(pages), 0, dtype=torch.uint8, device=self.device)
+        return [row.tobytes() for row in torch.cat((*parts, empty), 1).cpu().numpy()]
+
+    @torch.inference_mode()
+    def load_blocks(self, pages: Sequence[int], blocks: Sequence[bytes]) -> None:
+        """Fill pages with what `blocks` gave."""
+        index, planes = self._index(pages), list(self._pages())
+        stored = self._uploaded(b"".join(blocks)).view(len(pages), -1)
+        for plane, part in zip(planes, stored.split([p.shape[1] for p in planes], 1), strict=True):
+            plane[index] = part
+
+    def holds(self, slot: int, at: int) -> bool:
+        """Whether the slot still has the rows of a state at `at`, a position that its sequence has reached."""
+        return self._reached[slot] - at <= PAGE + REWIND
+
+    @torch.inference_mode()
+    def state(self, slot: int, at: int) -> bytes:
+        """What the slot's sequence needs to go on at `at`, a multiple of 128, `state_bytes(at)`. Where it `holds`."""
+        assert at > 0 and at % PAGE == 0, f"{at} is no resume point"
+        parts = []
+        for ring, rows, _, halves in self._recents(at):
+            kept = ring[slot, self._index([p % ring.shape[1] for p in range(at - rows, at)])]
+            parts.append((kept.unflatten(1, (4, -1))[:, ::2] if halves else kept).flatten())
+        return torch.cat(parts).cpu().numpy().tobytes()
+
+    @torch.inference_mode()
+    def load_state(self, slot: int, at: int, state: bytes) -> None:
+        """Put what `state` gave into a slot, whose sequence then goes on at `at`."""
+        recents = list(self._recents(at))
+        parts = self._uploaded(state).split([rows * size for _, rows, size, _ in recents])
+        for (ring, rows, _, halves), part in zip(recents, parts, strict=True):
+            index = self._index([p % ring.shape[1] for p in range(at - rows, at)])
+            kept = part.view(rows, -1)
+            if halves:
+                low = kept.unflatten(1, (2, 1, -1))
+                kept = torch.cat((low, torch.zeros_like(low)), 2).flatten(1)
+            ring[slot, index] = kept
+        self._reached[slot] = at
+
+    def _pages(self) -> Iterator[Tensor]:
+        """The planes of all pages as uint8 [pages, bytes]."""
+        for memory in self.layers:
+            for store in (memory.entries, memory.keys):
+                yield from (plane.view(torch.uint8).flatten(1) for plane in (store.planes if store else ()))
+
+    def _recents(self, at: int) -> Iterator[tuple[Tensor, int, int, bool]]:
+        """What a state at `at` has of each ring: the ring as uint8 [slots, rows, bytes], its last rows, bytes of one.
+
+        Of a tail, which is (values, gates) x (low, high half), the next entry reads the low halves only: True.
+        """
+        for memory in self.layers:
+            yield from ((p, min(memory.span, at), p.shape[2], False) for p in memory.window.planes)
+            for tail in (memory.tail, memory.key_tail) if memory.ratio == 4 else ():
+                if tail is not None:
+                    ring = tail.view(torch.uint8)
+                    yield ring, _OVERLAP, ring.shape[2] // 2, True
+
+    def _index(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self.device)
+
+    def _uploaded(self, data: bytes) -> Tensor:
+        return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).to(self.device)
 
     def _layer(self, config: ModelConfig, ratio: int, packed: bool) -> Memory:
         width, rope, span = config.head_dim, config.qk_rope_head_dim, config.sliding_window

@@ -10,6 +10,7 @@ checksum when the file is read; such a file is removed, counted in `notes`, and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
@@ -86,16 +87,17 @@ class Disk:
         with self._changed:
             if (data := self._waiting.get(key)) is not None or key not in self._sizes:
                 return data
+        path = self._path(key)
         try:
-            data = self._unsealed(key, self._path(key).read_bytes())
-            os.utime(self._path(key))
+            data = self._unsealed(key, path.read_bytes())
         except OSError:
             self._forget(key)  # another process removed it, or it cannot be read
             return None
         if data is None:
             self._damaged += 1
             self._forget(key)
-            self._path(key).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that can only be read serves all the same
+            path.unlink() if data is None else os.utime(path)
         return data
 
     def put(self, key: bytes, data: bytes) -> None:

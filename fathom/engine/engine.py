@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from fathom.api import Event, FinishReason, GenerateRequest, Logprob, Status
-from fathom.engine.cache import PagedCache
 from fathom.engine.disk import Disk
 from fathom.engine.fingerprint import fingerprint
-from fathom.engine.graphs import Graphs
+from fathom.engine.memory import Memory, furnish, prefill_tokens
 from fathom.engine.pages import PagePool
 from fathom.engine.prefix import PrefixCache
 from fathom.engine.request import PAGE, Sequence
-from fathom.engine.runner import Runner
 from fathom.engine.sampler import Sampler, choose
 from fathom.engine.scheduler import Plan, Scheduler
 from fathom.errors import ConfigError, ContextError, FathomError, PromptError
@@ -27,27 +23,6 @@ _log = logging.getLogger("fathom.engine")
 
 _NOTES = 8
 """Notes that are kept, the newest."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """What an engine may hold. device, host, disk: bytes of its cache's tiers; folder: where the disk tier is, if any.
-
-    slots: sequences at once; prefill: most prompt tokens of a step: what answers wait for while a prompt is read (half
-    of it halves the longest wait and costs a tenth of the reading speed). Raises ConfigError for what cannot be.
-    """
-
-    device: int = 600_000_000
-    host: int = 512 << 20
-    disk: int = 4 << 30
-    folder: Path | None = None
-    slots: int = 32
-    prefill: int = 256
-
-    def __post_init__(self) -> None:
-        for name, least in (("device", 1), ("host", 0), ("disk", 1), ("slots", 1), ("prefill", PAGE)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} {getattr(self, name)} is too small: it must be at least {least}")
 
 
 class Core:
@@ -62,16 +37,12 @@ class Core:
         longest = config.max_position_embeddings
         if max_context is not None and not 1 <= max_context <= longest:
             raise ConfigError(f"a context of {max_context} tokens is out of range: this model has from 1 to {longest}")
-        self._memory, self._mark = memory, fingerprint(model)
-        device = model.embed.weight.device
-        pages = _pages(model, memory.device, max_context or longest)
-        spare = int(device.type == "cuda")  # a slot of nobody's fills up the batches of CUDA graphs
-        self.cache = PagedCache(config, model.numerics, memory.slots + spare, pages, device)
+        self.cache, self._runner = furnish(model, memory, max_context or longest)
+        self._memory, self._mark = memory, fingerprint(model, self.cache.form)
         self._disk = Disk(memory.folder, self._mark, memory.disk) if memory.folder else None
         self._begin()
         self.context = min(max_context or longest, self.scheduler.capacity)
         self.vocabulary, self._eos = config.vocab_size, config.eos_token_id
-        self._runner = Runner(model, self.cache, Graphs.of(model, self.cache))
         self._samplers: dict[Sequence, Sampler] = {}
         self._notes: tuple[str, ...] = ()
 
@@ -79,7 +50,8 @@ class Core:
         """Empty books: every page free, nobody queued."""
         pool = PagePool(self.cache.pages)
         self.prefix = PrefixCache(pool, self.cache, self._mark, self._memory.host, self._disk)
-        self.scheduler = Scheduler(pool, self._memory.slots, self._memory.prefill, self.prefix, self._leaving)
+        most = prefill_tokens(self._memory, self.cache.device)
+        self.scheduler = Scheduler(pool, self._memory.slots, most, self.prefix, self._leaving)
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what cannot be computed. Raises PromptError, ContextError. Any thread."""
@@ -124,7 +96,7 @@ class Core:
             return False
         sampling = [piece.sequence for piece in plan.pieces if piece.samples]
         try:
-            choices = choose(self._runner.run(plan), [self._samplers[s] for s in sampling])
+            choices = choose(self._runner.run(plan).cpu(), [self._samplers[s] for s in sampling])
         except Exception as error:
             self._fail(plan, error)
             return True
@@ -187,9 +159,13 @@ class Core:
         self._begin()
 
     def _fail(self, plan: Plan, error: Exception) -> None:
-        """A step that broke ends the requests in it; the others go on."""
+        """A step that broke ends the requests in it; the others go on.
+
+        Where memory ran out those are the ones that were reading a prompt, if any: answers make the same step again.
+        """
+        scarce = isinstance(error, torch.OutOfMemoryError) and any(not piece.sequence.decoding for piece in plan.pieces)
         for piece in plan.pieces:
-            if piece.sequence.finish is None:
+            if piece.sequence.finish is None and not (scarce and piece.sequence.decoding):
                 self._break(piece.sequence, error)
 
     def _break(self, sequence: Sequence, error: Exception) -> None:
@@ -217,12 +193,6 @@ class Core:
             sequence.sink(event)
         except Exception as error:  # whoever listens must not stop the others
             _log.error("a sink refused an event", exc_info=error)
-
-
-def _pages(model: Transformer, budget: int, context: int) -> int:
-    """Pages that fit the budget, and not more than any use: 64 sequences of the whole context."""
-    page = PagedCache(model.config, model.numerics, 1, 1, model.embed.weight.device).page_bytes
-    return max(1, min(budget // max(page, 1), 64 * -(-context // PAGE)))
 
 
 def _line(error: Exception) -> str:

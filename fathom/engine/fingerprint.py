@@ -15,15 +15,15 @@ ROWS = 1
 _SAMPLE = 4096
 
 
-def fingerprint(model: Transformer) -> bytes:
+def fingerprint(model: Transformer, form: str = "rows") -> bytes:
     """16 bytes that change with whatever a stored row depends on.
 
     That is the configuration, the weights (a few thousand bytes of each tensor: training changes them all over), the
-    numerics, and what rounds in its own way: the device, the library, and whether a weight is multiplied in packed
-    form. Design, Decisions: isolation.
+    numerics, what rounds in its own way (the device, the library, and whether a weight is multiplied in packed form),
+    and how the cache stores its rows (`form`). Design, Decisions: isolation.
     """
     device = model.embed.weight.device
-    digest = blake2b(repr((ROWS, model.config, model.numerics, _device(device), torch.__version__)).encode())
+    digest = blake2b(repr((ROWS, form, model.config, model.numerics, _device(device), torch.__version__)).encode())
     packed = [name for name, module in model.named_modules() if getattr(module, "packed", None)]
     digest.update(repr(packed).encode())
     for name, tensor in sorted(model.state_dict().items()):

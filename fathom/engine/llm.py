@@ -11,7 +11,8 @@ from fathom.checkpoint.folder import Checkpoint
 from fathom.checkpoint.load import load_model
 from fathom.checkpoint.reader import Progress
 from fathom.config import WEIGHTS
-from fathom.engine.engine import Core, Memory
+from fathom.engine.engine import Core
+from fathom.engine.memory import Memory
 from fathom.engine.service import Service
 from fathom.errors import CheckpointError, ConfigError
 from fathom.model.layers import Numerics

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
+from typing import Protocol
 
-from fathom.engine.cache import PagedCache
 from fathom.engine.disk import Disk
 from fathom.engine.pages import PagePool
 from fathom.engine.request import PAGE
@@ -64,6 +64,23 @@ class Host:
         return gone
 
 
+class Stored(Protocol):
+    """A cache whose pages and slots have a stored form: `PagedCache`, `DeviceCache`."""
+
+    @property
+    def page_bytes(self) -> int: ...
+
+    def blocks(self, pages: Sequence[int]) -> list[bytes]: ...
+
+    def load_blocks(self, pages: Sequence[int], blocks: Sequence[bytes]) -> None: ...
+
+    def holds(self, slot: int, at: int) -> bool: ...
+
+    def state(self, slot: int, at: int) -> bytes: ...
+
+    def load_state(self, slot: int, at: int, state: bytes) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Hit:
     """What is known of a sequence's beginning: see `scheduler.Hit`. keys: of the blocks before the resume point."""
@@ -82,7 +99,7 @@ class PrefixCache:
     """
 
     def __init__(
-        self, pool: PagePool, cache: PagedCache, fingerprint: bytes, host: int = 256 << 20, disk: Disk | None = None
+        self, pool: PagePool, cache: Stored, fingerprint: bytes, host: int = 256 << 20, disk: Disk | None = None
     ) -> None:
         self.pool, self.cache, self.host, self.disk = pool, cache, Host(host), disk
         self._fingerprint = fingerprint

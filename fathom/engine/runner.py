@@ -3,60 +3,116 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fathom.engine.cache import PagedCache
-from fathom.engine.graphs import Graphs
+from fathom.engine.device_cache import DeviceCache
+from fathom.engine.graphs import Steps
 from fathom.engine.scheduler import Piece, Plan
 from fathom.model.batch import DECODE_TOKENS, Batch, Span
 from fathom.model.transformer import Transformer
 
 
-class Runner:
+class Runner(Protocol):
     """One model over one cache."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, graphs: Graphs | None = None) -> None:
-        self.model, self.cache, self.graphs = model.eval(), cache, graphs
+    def run(self, plan: Plan) -> Tensor:
+        """Compute all pieces; float32 logits [S, V] of the S that sample, in the plan's order."""
+
+
+class TileRunner:
+    """Everything in one call of the model, by tiles, over rows that torch reads."""
+
+    def __init__(self, model: Transformer, cache: PagedCache) -> None:
+        self.model, self.cache = model.eval(), cache
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:
-        """Compute all pieces; float32 logits [S, V] on the CPU of the S that sample, in the plan's order."""
-        if self.graphs and all(_is_token(piece) for piece in plan.pieces):
-            return self._tokens(self.graphs, plan).cpu()
+        """See `Runner`."""
         ids = [i for piece in plan.pieces for i in piece.sequence.ids[piece.start : piece.end]]
         spans, rows = self._spans(plan)
         batch = Batch.step(spans, wanted="last", device=self.cache.device)
         x_RnD = self.model(torch.tensor(ids, device=self.cache.device), batch, self.cache)
-        return self.model.logits(x_RnD if len(rows) == len(spans) else x_RnD[rows]).float().cpu()
-
-    def _tokens(self, graphs: Graphs, plan: Plan) -> Tensor:
-        """The next token of every sequence, as one graph."""
-        slots = [self._bound(piece) for piece in plan.pieces]
-        starts = [piece.start for piece in plan.pieces]
-        return graphs.run([piece.sequence.ids[piece.start] for piece in plan.pieces], starts, slots)
-
-    def _bound(self, piece: Piece) -> int:
-        slot = piece.sequence.slot
-        assert slot is not None
-        self.cache.bind(slot, piece.sequence.pages)
-        return slot
+        return self.model.logits(x_RnD if len(rows) == len(spans) else x_RnD[rows]).float()
 
     def _spans(self, plan: Plan) -> tuple[list[Span], list[int]]:
         """The spans of all pieces, and which of them end where a token is to be sampled."""
         spans: list[Span] = []
         rows = []
         for piece in plan.pieces:
-            slot = self._bound(piece)
+            slot = _bound(piece, self.cache)
             spans += [Span(start, end - start, slot) for start, end in _cuts(piece)]
             if piece.samples:
                 rows.append(len(spans) - 1)
         return spans, rows
 
 
+class DeviceRunner:
+    """By kernels over a cache of bytes: prompts in one call, answers a token of each in another, as a graph.
+
+    What was sampled is always computed by the second, also when it is computed again, so that it has the same bits.
+    """
+
+    def __init__(self, model: Transformer, cache: DeviceCache, steps: Steps) -> None:
+        self.model, self.cache, self.steps = model.eval(), cache, steps
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> Tensor:
+        """See `Runner`."""
+        for piece in plan.pieces:
+            _bound(piece, self.cache)
+        logits: dict[Piece, Tensor] = {}
+        single = [piece for piece in plan.pieces if _is_token(piece)]
+        logits |= zip(single, self._step(single) if single else (), strict=True)
+        prompts = [piece for piece in plan.pieces if piece not in logits]
+        logits |= self._prompts([piece for piece in prompts if piece.start < piece.sequence.prompt])
+        for piece in prompts:
+            logits |= self._again(piece)
+        rows = [logits[piece] for piece in plan.pieces if piece.samples]
+        return torch.stack(rows) if rows else torch.empty(0, self.model.config.vocab_size, device=self.cache.device)
+
+    def _step(self, pieces: list[Piece]) -> Tensor:
+        """The next token of every sequence."""
+        starts = [piece.start for piece in pieces]
+        return self.steps.run([p.sequence.ids[p.start] for p in pieces], starts, [_slot(p) for p in pieces]).clone()
+
+    def _prompts(self, pieces: list[Piece]) -> dict[Piece, Tensor]:
+        """The parts of pieces that belong to prompts, all at once; logits of those that end there and sample."""
+        if not pieces:
+            return {}
+        ends = [min(piece.end, piece.sequence.prompt) for piece in pieces]
+        spans = [Span(p.start, end - p.start, _slot(p)) for p, end in zip(pieces, ends, strict=True)]
+        ids = [i for p, end in zip(pieces, ends, strict=True) for i in p.sequence.ids[p.start : end]]
+        batch = Batch.pieces(spans, self.cache.device)
+        ids += [0] * (len(batch.positions) - len(ids))
+        x_RnD = self.model(torch.tensor(ids, device=self.cache.device), batch, self.cache)
+        rows = [i for i, (p, end) in enumerate(zip(pieces, ends, strict=True)) if p.samples and p.end == end]
+        return dict(zip((pieces[i] for i in rows), self.model.logits(x_RnD[rows]), strict=True)) if rows else {}
+
+    def _again(self, piece: Piece) -> dict[Piece, Tensor]:
+        """What a piece has of tokens that were sampled before."""
+        last = None
+        for start in range(max(piece.start, piece.sequence.prompt), piece.end, DECODE_TOKENS):
+            at = range(start, min(start + DECODE_TOKENS, piece.end))
+            last = self.steps.run([piece.sequence.ids[p] for p in at], at, [_slot(piece)] * len(at))[-1]
+        return {piece: last.clone()} if last is not None else {}
+
+
+def _slot(piece: Piece) -> int:
+    assert piece.sequence.slot is not None
+    return piece.sequence.slot
+
+
+def _bound(piece: Piece, cache: PagedCache | DeviceCache) -> int:
+    cache.bind(_slot(piece), piece.sequence.pages)
+    return _slot(piece)
+
+
 def _is_token(piece: Piece) -> bool:
-    """Whether a piece is one sampled token, for which there is a graph."""
+    """Whether a piece is one sampled token."""
     return piece.samples and piece.end == piece.start + 1 and piece.start >= piece.sequence.prompt
 
 

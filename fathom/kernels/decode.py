@@ -1,9 +1,9 @@
-"""A decode step's attention, all sequences at once: what is stored, what is selected, what is attended to.
+"""A decode step's attention, all sequences at once: what is selected, what is attended to. What is stored: `store`.
 
 Reference 2.5 to 2.9, 4, 5.1. Positions, slots and page tables are device tensors, no shape depends on data, and nothing
 waits for the host: a step of B tokens can be captured in a CUDA graph. These are the contracts with their references in
-torch; the GPU's versions stand in `store_triton`, `index_triton` and `attend_triton`. A token's result does not depend
-on the others in the batch, nor on where its pages are.
+torch; the GPU's versions stand in `index_triton` and `attend_triton`. A token's result does not depend on the others in
+the batch, nor on where its pages are.
 
 Several tokens of one sequence (drafts) may be in a batch if they are neighbours, in order, and no more than 8.
 Names: B tokens, H heads, C head dim, h index heads, d index dim, P = rope dims / 2.
@@ -16,11 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fathom.kernels import quant
 from fathom.kernels.dispatch import beside
 from fathom.kernels.indexer import index_scores, select_topk
-from fathom.kernels.norm import normalised
-from fathom.kernels.pool import pool
 from fathom.kernels.stored import Keys, Rows
 
 PAGE = 128
@@ -77,63 +74,12 @@ class Memory:
     keys: Keys | None = None
 
 
-@dataclass(frozen=True)
-class Pooling:
-    """Weights of a compressor behind its projections: ape float32 [ratio, width], norm [D]."""
-
-    ape: Tensor
-    norm: Tensor
-
-
-@dataclass(frozen=True)
-class Norms:
-    """Weights of what stands between a layer's projections and its attention: kv_norm [C] and the compressors'."""
-
-    kv: Tensor
-    eps: float
-    entries: Pooling | None = None
-    keys: Pooling | None = None
-
-
-@beside("store_triton")
-def prepare(
-    q: Tensor,
-    kv: Tensor,
-    tokens: Tokens,
-    memory: Memory,
-    norms: Norms,
-    projected: Tensor | None = None,
-    index_q: Tensor | None = None,
-    index_projected: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Store what the tokens leave behind in this layer, and make their queries: BF16 [B, H, C] and, ratio 4, [B, h, d].
-
-    q [B, H, C] and kv [B, C] after wq_b and wkv; projected float32 [B, 2 * width]: values and gates of the compressor,
-    without the gates' bias (ratio 4 and 128); index_q [B, h, d] and index_projected: the same of the indexer (ratio 4).
-    """
-    ratio = memory.ratio
-    _store_window(kv, tokens, memory, norms)
-    if projected is not None:
-        assert norms.entries is not None and memory.tail is not None and memory.entries is not None
-        entry = _pooled(projected, tokens, ratio, norms.entries, norms.eps, memory.tail)
-        _store_entry(memory.entries, entry, tokens, memory)
-    if index_projected is not None:
-        assert norms.keys is not None and memory.key_tail is not None and memory.keys is not None
-        key = _pooled(index_projected, tokens, ratio, norms.keys, norms.eps, memory.key_tail)
-        _store_entry(memory.keys, quant.hadamard(key), tokens, memory)
-    turn = tokens.turn(ratio).unsqueeze(1)
-    q = rotated(normalised(q.float(), norms.eps).to(q.dtype), turn)
-    if index_q is None:
-        return q, None
-    return q, quant.fp4_sim(quant.hadamard(rotated(index_q, turn)))
-
-
 @beside("index_triton")
 def select(q: Tensor, weights: Tensor, tokens: Tokens, memory: Memory, k: int, most: int) -> Tensor:
     """The k best entries of each token by the indexer's scores, as rows of `memory.entries`: int32 [B, k], in the order
     of the sequence, -1 behind the last. All while there are no more than k; equal scores go to the earlier entry.
 
-    q [B, h, d] as `prepare` made it; weights BF16 [B, h] after weights_proj; most: the longest sequence, in tokens.
+    q [B, h, d] as `store.prepare` made it; weights BF16 [B, h] after weights_proj; most: tokens of the longest.
     """
     assert memory.keys is not None
     number = (tokens.positions.long() + 1) // 4
@@ -154,7 +100,7 @@ def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, c
     """Attention over the window, the entries (those `chosen`, rows int32 [B, k], or all that are closed) and a sink
     float32 [H], rotated back to position 0: BF16 [B, H, C].
 
-    q BF16 [B, H, C] as `prepare` made it; most: the longest sequence, in tokens. Logits and sums are float32,
+    q BF16 [B, H, C] as `store.prepare` made it; most: the longest sequence, in tokens. Logits and sums are float32,
     probabilities are rounded to BF16.
     """
     rows, seen = _window(tokens, memory)
@@ -206,54 +152,3 @@ def _entries(tokens: Tokens, memory: Memory, most: int, chosen: Tensor | None) -
 def _cleared(rows: Tensor, seen: Tensor) -> Tensor:
     """Memory that was never written may hold NaN."""
     return torch.where(seen.unsqueeze(-1), rows, 0.0)
-
-
-def _store_window(kv: Tensor, tokens: Tokens, memory: Memory, norms: Norms) -> None:
-    row = normalised(kv.float(), norms.eps, norms.kv.float()).to(torch.bfloat16)
-    ring, positions = memory.window.per, tokens.positions.long()
-    index = tokens.slots.long() * ring + positions % ring
-    _put(memory.window.planes, index, memory.window.pack(rotated(row, tokens.turn(memory.ratio))), tokens.slots)
-
-
-def _pooled(projected: Tensor, tokens: Tokens, ratio: int, weights: Pooling, eps: float, tail: Tensor) -> Tensor:
-    """Keep values and gates; BF16 [B, D]: the entry of each token's block, of meaning where the token closes it."""
-    positions, slots = tokens.positions.long(), tokens.slots.clamp_min(0).long()
-    ring, width = tail.shape[1], weights.ape.shape[1]
-    gates = projected[:, width:] + weights.ape[positions % ratio]
-    kept = (torch.cat((projected[:, :width], gates), -1),)
-    _put((tail,), tokens.slots.long() * ring + positions % ring, kept, tokens.slots)
-    items = 8 if ratio == 4 else ratio
-    at = positions.unsqueeze(1) + torch.arange(1 - items, 1, device=positions.device)
-    values, gates = tail.flatten(0, 1)[slots.unsqueeze(1) * ring + at % ring].chunk(2, -1)
-    if ratio == 4:
-        values, gates = _halves(values), _halves(gates).masked_fill((at < 0).unsqueeze(-1), float("-inf"))
-        values = values.masked_fill((at < 0).unsqueeze(-1), 0.0)
-    entry = normalised(pool(values, gates).to(torch.bfloat16).float(), eps, weights.norm.float()).to(torch.bfloat16)
-    return rotated(entry, tokens.turn(ratio, block=True))
-
-
-def _halves(rows: Tensor) -> Tensor:
-    """Of 8 rows [B, 8, 2D] the first four's low halves and the last four's high halves: [B, 8, D]."""
-    low, high = rows.chunk(2, -1)
-    return torch.cat((low[:, :4], high[:, 4:]), 1)
-
-
-def _store_entry(store: Rows | Keys, entry: Tensor, tokens: Tokens, memory: Memory) -> None:
-    """Where a token closes its block; elsewhere what is there stays."""
-    block = (tokens.positions.long() // memory.ratio).unsqueeze(1)
-    index = page_rows(memory.table, tokens.slots, block, store.per).squeeze(1)
-    closes = (tokens.positions + 1) % memory.ratio == 0
-    # A neighbour of the same sequence may close a token's block in this step: all its tokens then write the same.
-    closer = (tokens.slots.unsqueeze(1) == tokens.slots) & (block == block.T) & closes
-    closed, by = closer.any(1, keepdim=True), closer.int().argmax(1)
-    packed = zip(store.planes, store.pack(entry), strict=True)
-    new = tuple(torch.where(closed, new[by], plane.flatten(0, 1)[index]) for plane, new in packed)
-    _put(store.planes, index, new, tokens.slots)
-
-
-def _put(planes: tuple[Tensor, ...], index: Tensor, new: tuple[Tensor, ...], slots: Tensor) -> None:
-    """Write rows by number. Padding writes once more what the first token writes, so that no shape depends on it."""
-    real = slots >= 0
-    index = torch.where(real, index, index[:1])
-    for plane, rows in zip(planes, new, strict=True):
-        plane.flatten(0, 1)[index] = torch.where(real.unsqueeze(1), rows, rows[:1])

@@ -30,14 +30,17 @@ R = TypeVar("R")
 
 
 def beside(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Marks a reference whose twin, of the same name, stands in `fathom.kernels.<module>`; a tensor comes first."""
+    """Marks a reference whose twin, of the same name, stands in `fathom.kernels.<module>`.
+
+    What comes first says where: a tensor, a tuple that begins with one, or something stored in `planes`.
+    """
 
     def wrap(reference: Callable[P, R]) -> Callable[P, R]:
         name = reference.__name__
 
         @wraps(reference)
         def op(*args: P.args, **kwargs: P.kwargs) -> R:
-            first = args[0]
+            first = _leading(args[0])
             if isinstance(first, torch.Tensor) and first.is_cuda and not torch.is_grad_enabled() and on(first.device):
                 out: Any = _tried(module, name, lambda twin: twin(*args, **kwargs))
                 if out is not NotImplemented:
@@ -47,6 +50,10 @@ def beside(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return op
 
     return wrap
+
+
+def _leading(first: Any) -> Any:
+    return first[0] if isinstance(first, tuple) else getattr(first, "planes", (first,))[0]
 
 
 @lru_cache(maxsize=16)

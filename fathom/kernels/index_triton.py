@@ -159,10 +159,9 @@ def _taken(order, K):
     equal ones the first."""
     bar = tl.full((), 0, tl.uint32)
     for i in tl.static_range(16):
-        shift: tl.constexpr = 30 - 2 * i
-        one = bar | (1 << shift)
-        two = bar | (2 << shift)
-        three = bar | (3 << shift)
+        one = bar | (1 << (30 - 2 * i))
+        two = bar | (2 << (30 - 2 * i))
+        three = bar | (3 << (30 - 2 * i))
         passed = (order >= one).to(tl.int64) + ((order >= two).to(tl.int64) << 20)
         counts = tl.sum(passed + ((order >= three).to(tl.int64) << 40), 0)
         bar = tl.where((counts & 0xFFFFF) >= K, one, bar)

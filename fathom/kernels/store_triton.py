@@ -1,8 +1,9 @@
-"""What stands between a layer's projections and its attention in a decode step, in one launch. Reference 2.5 to 2.8, 4.
+"""What stands between a layer's projections and its attention, in one launch. Reference 2.5 to 2.8, 4.
 
-The torch reference is `decode.prepare`. A program does one thing for one token: its window row, its part of an entry or
-of an index key, the queries of a few heads, or the index queries of a few. What other programs of the launch write is
-never read: rows of neighbours in the batch are taken from the projections.
+The torch reference is `store`. A program does one thing for one token: its window row, its part of an entry or of an
+index key, the queries of a few heads, or the index queries of a few. What other programs of the launch write is never
+read: rows of neighbours in the batch are taken from the projections, and only a launch of few tokens writes into rings
+that it reads.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -20,14 +21,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fathom.kernels.common_triton import (
     PLAIN,
     fp8_scale,
+    from_e8m0,
     inverse_pow2,
     operand,
     options,
     power_of_two,
     round_e4m3,
 )  # fmt: skip
-from fathom.kernels.decode import Memory, Norms, Tokens
+from fathom.kernels.decode import Memory, Tokens
 from fathom.kernels.quant import hadamard_matrix
+from fathom.kernels.store import Norms, Projected
 from fathom.kernels.stored import BLOCK, Keys, Rows
 
 _HEADS, _INDEX_HEADS = 4, 16
@@ -36,17 +39,47 @@ _ITEMS = 8
 """Items that are pooled at a time."""
 
 
-def prepare(
-    q: Tensor,
-    kv: Tensor,
-    tokens: Tokens,
-    memory: Memory,
-    norms: Norms,
-    projected: Tensor | None = None,
-    index_q: Tensor | None = None,
-    index_projected: Tensor | None = None,
+def prepare(made: Projected, tokens: Tokens, memory: Memory, norms: Norms) -> Any:
+    """`store.prepare`; NotImplemented for other types than BF16 and for fronts that are no multiple of 64."""
+    out = _launched(made, tokens, memory, norms, True, True)
+    return out if out is NotImplemented else out[:2]
+
+
+def enter(made: Projected, tokens: Tokens, memory: Memory, norms: Norms) -> Any:
+    """`store.enter`, likewise."""
+    return _launched(made, tokens, memory, norms, True, False)
+
+
+def remember(
+    made: Projected, tokens: Tokens, memory: Memory, norms: Norms, first: int, last: int, end: int | None
 ) -> Any:
-    """`decode.prepare`; NotImplemented for other types than BF16 and for fronts that are no multiple of 64."""
+    """`store.remember`, likewise."""
+    first = max(first, last - max(memory.window.per, _tail(memory)))
+    part = made.rows(first, last)
+    there = Tokens(tokens.slots[first:last], tokens.positions[first:last], tokens.turns[:, first:last].contiguous())
+    if _launched(part, there, memory, norms, False, True, end or 0) is NotImplemented:
+        return NotImplemented
+    return None
+
+
+def recent(window: Rows, slot: int, first: int, count: int) -> Any:
+    """`store.recent`; NotImplemented for fronts that are no multiple of 64."""
+    if (window.width - window.rope) % BLOCK:
+        return NotImplemented
+    out = torch.empty((count, window.width), dtype=torch.bfloat16, device=window.data.device)
+    if count:
+        _recent[(count,)](
+            *_planes(window), out, slot, first, window.width, power_of_two(window.width), window.rope, window.per,
+            PLAIN, **options(out, 1),
+        )  # fmt: skip
+    return out
+
+
+def _launched(
+    made: Projected, tokens: Tokens, memory: Memory, norms: Norms, enters: bool, keeps: bool, end: int = 0
+) -> Any:
+    """Queries, index queries and rows; those that are not asked for hold nothing."""
+    q, kv, index_q = made.q, made.kv, made.index_q
     count, heads, width = q.shape
     if q.dtype != torch.bfloat16 or kv.dtype != torch.bfloat16 or (width - memory.window.rope) % BLOCK:
         return NotImplemented
@@ -55,20 +88,25 @@ def prepare(
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
     iq = q if index_q is None else index_q.contiguous()
     iout = torch.empty_like(iq)
+    rows = kv if keeps else torch.empty((count, width), dtype=kv.dtype, device=kv.device)
     index_heads, dim = iq.shape[1:] if index_q is not None else (0, 32)
-    blocks = (triton.cdiv(heads, _HEADS), triton.cdiv(index_heads, _INDEX_HEADS))
+    blocks = (triton.cdiv(heads, _HEADS), triton.cdiv(index_heads, _INDEX_HEADS)) if enters else (0, 0)
     turn, of_block = tokens.turn(memory.ratio), tokens.turn(memory.ratio, block=True)
-    entry = _place(memory, memory.entries, projected, memory.tail, norms.entries, kv, norms)
-    key = _place(memory, memory.keys, index_projected, memory.key_tail, norms.keys, kv, norms)
+    entry = _place(memory, memory.entries, made.entries, memory.tail, norms.entries, kv, norms)
+    key = _place(memory, memory.keys, made.keys, memory.key_tail, norms.keys, kv, norms)
     _prepare[(3 + sum(blocks), count)](
-        q, out, iq, iout, hadamard_matrix(dim, torch.bfloat16, q.device), kv, norms.kv, *_planes(memory.window), turn,
-        of_block, tokens.slots, tokens.positions, memory.table, *entry, *key, norms.eps, kv.stride(0), heads,
-        index_heads, memory.table.shape[1], blocks[0], width, power_of_two(width), memory.window.rope, dim,
-        memory.ratio, memory.window.per, 1 if memory.tail is None else memory.tail.shape[1],
-        128 // max(memory.ratio, 1), memory.keys is not None and memory.keys.packed, _HEADS, _INDEX_HEADS, _ITEMS,
-        PLAIN, **options(q, 4),
+        q, out, iq, iout, hadamard_matrix(dim, torch.bfloat16, q.device), kv, norms.kv, rows, *_planes(memory.window),
+        turn, of_block, tokens.slots, tokens.positions, memory.table, *entry, *key, norms.eps, kv.stride(0), heads,
+        index_heads, memory.table.shape[1], blocks[0], end, width, power_of_two(width), memory.window.rope, dim,
+        memory.ratio, memory.window.per, _tail(memory), 128 // max(memory.ratio, 1),
+        memory.keys is not None and memory.keys.packed, _HEADS, _INDEX_HEADS, _ITEMS, enters, keeps, PLAIN,
+        **options(q, 4),
     )  # fmt: skip
-    return out, None if index_q is None else iout
+    return out, None if index_q is None else iout, rows
+
+
+def _tail(memory: Memory) -> int:
+    return 1 if memory.tail is None else memory.tail.shape[1]
 
 
 def _place(memory: Memory, store: Any, projected: Any, tail: Any, weights: Any, none: Tensor, norms: Norms) -> Any:
@@ -106,6 +144,15 @@ def turned(x, turn, R: tl.constexpr, B: tl.constexpr, C: tl.constexpr, ROPE: tl.
 @triton.jit
 def _normed(x, C: tl.constexpr, EPS):
     return x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / C + EPS))[:, None]
+
+
+@triton.jit
+def _rounded(x, B: tl.constexpr, C: tl.constexpr, ROPE: tl.constexpr):
+    """The values [B] of x [1, B] once it is stored as a row."""
+    v = tl.reshape(x, (B // 64, 64))
+    scale = fp8_scale(tl.max(tl.abs(v), 1))[:, None]
+    front = tl.reshape(round_e4m3(v * inverse_pow2(scale)) * scale, (B,))
+    return tl.where(tl.arange(0, B) < C - ROPE, front, tl.reshape(x, (B,))).to(tl.bfloat16)
 
 
 @triton.jit
@@ -202,7 +249,8 @@ def _add(value, gate, top, total, acc):
 def _compressed(
     projected, STRIDE, tail, ape, norm, codes, rope, scales, turn, slots, positions, table, mixer, b, slot, position,
     EPS, PAGES, D: tl.constexpr, B: tl.constexpr, ROPE: tl.constexpr, RATIO: tl.constexpr, RING: tl.constexpr,
-    PER: tl.constexpr, KEY: tl.constexpr, PACKED: tl.constexpr, ITEMS: tl.constexpr,
+    PER: tl.constexpr, KEY: tl.constexpr, PACKED: tl.constexpr, ITEMS: tl.constexpr, ENTERS: tl.constexpr,
+    KEEPS: tl.constexpr, END,
 ):  # fmt: skip
     """Keep a token's values and gates; where it closes its block, pool the block and store the entry."""
     HALVES: tl.constexpr = 2 if RATIO == 4 else 1
@@ -212,11 +260,16 @@ def _compressed(
     own = projected + b.to(tl.int64) * STRIDE + r
     row = tail + (slot.to(tl.int64) * RING + position % RING) * (2 * W) + r
     bias = ape + (position % RATIO) * W + r
-    for half in tl.static_range(HALVES):
-        tl.store(row + half * D, tl.load(own + half * D, mask=inside), mask=inside)
-        gate = tl.load(own + W + half * D, mask=inside) + tl.load(bias + half * D, mask=inside)
-        tl.store(row + W + half * D, gate, mask=inside)
-    if (position + 1) % RATIO == 0:
+    if KEEPS:
+        kept = inside & (position >= END - RING)
+        for half in tl.static_range(HALVES):
+            tl.store(row + half * D, tl.load(own + half * D, mask=kept), mask=kept)
+            biased = tl.load(own + W + half * D, mask=kept) + tl.load(bias + half * D, mask=kept)
+            tl.store(row + W + half * D, biased, mask=kept)
+    closes = (position + 1) % RATIO == 0
+    if not ENTERS:
+        closes = False
+    if closes:
         high = r + (HALVES - 1) * D
         top = tl.full((B,), -1e38, tl.float32)
         total = tl.zeros((B,), tl.float32)
@@ -254,12 +307,12 @@ def _compressed(
 
 @triton.jit
 def _prepare(
-    q, out, iq, iout, mixer, kv, weight, codes, rope, scales, turns, block_turns, slots, positions, table,
+    q, out, iq, iout, mixer, kv, weight, rows, codes, rope, scales, turns, block_turns, slots, positions, table,
     eproj, ESTRIDE, etail, eape, enorm, ecodes, erope, escales, kproj, KSTRIDE, ktail, kape, knorm, kcodes, krope,
-    kscales, EPS, KVSTRIDE, H, IH, PAGES, QBLOCKS, C: tl.constexpr, B: tl.constexpr, ROPE: tl.constexpr,
+    kscales, EPS, KVSTRIDE, H, IH, PAGES, QBLOCKS, END, C: tl.constexpr, B: tl.constexpr, ROPE: tl.constexpr,
     D: tl.constexpr, RATIO: tl.constexpr, RING: tl.constexpr, TAIL: tl.constexpr, PER: tl.constexpr,
-    PACKED: tl.constexpr, HB: tl.constexpr, IB: tl.constexpr, ITEMS: tl.constexpr, PLAIN: tl.constexpr,
-    PDL: tl.constexpr,
+    PACKED: tl.constexpr, HB: tl.constexpr, IB: tl.constexpr, ITEMS: tl.constexpr, ENTERS: tl.constexpr,
+    KEEPS: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     role = tl.program_id(0)
     b = tl.program_id(1)
@@ -276,20 +329,25 @@ def _prepare(
             x = _normed(tl.reshape(x, (1, B)), C, EPS)
             x = bf16(x * tl.load(weight + r, mask=r < C, other=0.0).to(tl.float32)[None, :])
             x = turned(x, turn, 1, B, C, ROPE, False, 0)
-            _store_row(x, codes, rope, scales, slot.to(tl.int64) * RING + position % RING, B, C, ROPE)
+            if not KEEPS:
+                tl.store(rows + b.to(tl.int64) * C + r, _rounded(x, B, C, ROPE), mask=r < C)
+            elif position >= END - RING:
+                _store_row(x, codes, rope, scales, slot.to(tl.int64) * RING + position % RING, B, C, ROPE)
     elif role == 1:
         if RATIO > 0:
             if slot >= 0:
                 _compressed(
                     eproj, ESTRIDE, etail, eape, enorm, ecodes, erope, escales, block_turns, slots, positions, table,
-                    mixer, b, slot, position, EPS, PAGES, C, B, ROPE, RATIO, TAIL, PER, False, False, ITEMS,
+                    mixer, b, slot, position, EPS, PAGES, C, B, ROPE, RATIO, TAIL, PER, False, False, ITEMS, ENTERS,
+                    KEEPS, END,
                 )  # fmt: skip
     elif role == 2:
         if RATIO == 4:
             if slot >= 0:
                 _compressed(
                     kproj, KSTRIDE, ktail, kape, knorm, kcodes, krope, kscales, block_turns, slots, positions, table,
-                    mixer, b, slot, position, EPS, PAGES, D, D, ROPE, 4, TAIL, PER, True, PACKED, ITEMS,
+                    mixer, b, slot, position, EPS, PAGES, D, D, ROPE, 4, TAIL, PER, True, PACKED, ITEMS, ENTERS,
+                    KEEPS, END,
                 )  # fmt: skip
     elif role < 3 + QBLOCKS:
         heads = (role - 3) * HB + tl.arange(0, HB)
@@ -300,10 +358,30 @@ def _prepare(
     else:
         if RATIO == 4:
             rd = tl.arange(0, D)
-            heads = (role - 3 - QBLOCKS) * IB + tl.arange(0, IB)
-            mask = (heads < IH)[:, None] & (rd < D)[None, :]
-            place = (b.to(tl.int64) * IH + heads)[:, None] * D + rd[None, :]
-            x = turned(tl.load(iq + place, mask=mask, other=0.0).to(tl.float32), turn, IB, D, D, ROPE, False, 0)
+            index_heads = (role - 3 - QBLOCKS) * IB + tl.arange(0, IB)
+            there = (index_heads < IH)[:, None] & (rd < D)[None, :]
+            spot = (b.to(tl.int64) * IH + index_heads)[:, None] * D + rd[None, :]
+            v = turned(tl.load(iq + spot, mask=there, other=0.0).to(tl.float32), turn, IB, D, D, ROPE, False, 0)
             square = operand(tl.load(mixer + rd[:, None] * D + rd[None, :]), PLAIN)
-            y, scale = _fp4(bf16(tl.dot(operand(x.to(tl.bfloat16), PLAIN), square, input_precision="ieee")), IB, D)
-            tl.store(iout + place, tl.reshape(y * scale[:, :, None], (IB, D)).to(tl.bfloat16), mask=mask)
+            y, scale = _fp4(bf16(tl.dot(operand(v.to(tl.bfloat16), PLAIN), square, input_precision="ieee")), IB, D)
+            tl.store(iout + spot, tl.reshape(y * scale[:, :, None], (IB, D)).to(tl.bfloat16), mask=there)
+
+
+@triton.jit
+def _recent(
+    codes, rope, scales, out, SLOT, FIRST, C: tl.constexpr, B: tl.constexpr, ROPE: tl.constexpr, RING: tl.constexpr,
+    PLAIN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0)
+    r = tl.arange(0, B)
+    FRONT: tl.constexpr = C - ROPE
+    PADDED: tl.constexpr = (FRONT + 511) // 512 * 8
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = SLOT * RING + (FIRST + i) % RING
+    code = tl.load(codes + row * (FRONT + 2 * ROPE) + r, mask=r < FRONT, other=0.0).to(tl.float32)
+    scale = from_e8m0(tl.load(scales + row * PADDED + r // 64, mask=r < FRONT, other=127))
+    end = tl.load(rope + row * (FRONT // 2 + ROPE) + FRONT // 2 + r - FRONT, mask=(r >= FRONT) & (r < C), other=0.0)
+    value = tl.where(r < FRONT, code * scale, end.to(tl.float32))
+    tl.store(out + i * C + r, value.to(tl.bfloat16), mask=r < C)

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fathom.config import ModelConfig
+from fathom.kernels import decode, prefill, store
 from fathom.kernels.attention import attend
+from fathom.kernels.decode import Memory
 from fathom.kernels.linear import linears
-from fathom.model.batch import Tile
+from fathom.kernels.store import Norms, Projected
+from fathom.model.batch import TILE, Tile
 from fathom.model.cache import LayerState
 from fathom.model.compressor import Compressor
 from fathom.model.indexer import Indexer, visible_entries
@@ -48,7 +51,8 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, step: Step, state: LayerState) -> Tensor:
         """[T, D] -> [T, D]; `state` keeps the layer's rows between calls."""
-        o_THC = (self._by_tile if step.batch.tiles else self._by_token)(x_TD, step, state)
+        memory = state.memory
+        o_THC = self._by_tile(x_TD, step, state) if memory is None else self._in_memory(x_TD, step, memory)
         o_TGK = o_THC.flatten(1).unflatten(-1, (self.config.o_groups, -1))
         return linears(self.wo_a(o_TGK), (self.wo_b.part(self.numerics.quantize),))[0]
 
@@ -63,11 +67,8 @@ class Attention(nn.Module):
         kv = self._stored(rotate(self.kv_norm(kv), forth))
         return rotate(torch.cat(list(self._tiles(x, latent, q, kv, step, state))), back.unsqueeze(1))
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, IndexInput | None]:
-        """Everything that is a product of the input x [T, D], in two launches where there are kernels for it.
-
-        Queries [T, H, C], rows [T, C], the compressor's values and gates (ratio 4, 128), what the indexer reads (4).
-        """
+    def _in_memory(self, x: Tensor, step: Step, memory: Memory) -> Tensor:
+        """[T, H, C]: the same by kernels that store and read the rows, without the host: `Batch.tokens`, `pieces`."""
         quantised, c = self.numerics.quantize, self.config
         first = [self.wq_a.part(quantised), self.wkv.part(quantised)]
         first += [self.compressor.part()] if self.ratio else []
@@ -76,26 +77,55 @@ class Attention(nn.Module):
         second = [self.wq_b.part(quantised)]
         second += [self.indexer.wq_b.part(quantised)] if self.ratio == 4 else []
         q, *index_q = linears(latent, second, self.q_norm.weight, c.rms_norm_eps)
-        index = (index_q[0].unflatten(-1, (c.index_n_heads, -1)), rest[1], rest[2]) if index_q else None
-        return q.unflatten(-1, (c.num_attention_heads, -1)), kv, rest[0] if rest else None, index
+        entries, keys, weights = (*rest, None, None, None)[:3]
+        heads = index_q[0].unflatten(-1, (c.index_n_heads, -1)) if index_q else None
+        made = Projected(q.unflatten(-1, (c.num_attention_heads, -1)), kv, entries, heads, keys)
+        return (self._pieces if step.batch.tiles else self._tokens)(made, weights, step, memory)
 
-    def _by_token(self, x: Tensor, step: Step, state: LayerState) -> Tensor:
-        """[T, H, C]: one token of every sequence, all at once, on a device that has the kernels for it."""
-        from fathom.kernels import paged_triton as paged
+    def _norms(self) -> Norms:
+        """The weights between the projections and the attention."""
+        poolings = [self.compressor.pooling] if self.ratio else []
+        poolings += [self.indexer.compressor.pooling] if self.ratio == 4 else []
+        return Norms(self.kv_norm.weight, self.config.rms_norm_eps, *poolings)
 
-        memory, eps, turn = state.paged(), self.config.rms_norm_eps, step.real_turns(self.ratio)
-        where = paged.Where(step.batch.slots, step.batch.positions, memory.table)
-        window, most = memory.ring("window"), memory.reach // max(self.ratio, 1)
-        q, kv, projected, index = self._projected(x)
-        paged.keep(kv, self.kv_norm.weight, turn, window, where, eps, self.numerics.quantize)
-        chosen = entries = None
-        if projected is not None:
-            entries = self.compressor.paged(projected, step, memory, where, self.numerics)
-        if index is not None:
-            chosen = self.indexer.paged(*index, step, memory, where, most)
-        q = paged.queries(q, turn, eps)
-        size = self.config.sliding_window
-        return paged.attend(q, window, entries, chosen, self.attn_sink, turn, where, self.ratio, size, most)
+    def _tokens(self, made: Projected, weights: Tensor | None, step: Step, memory: Memory) -> Tensor:
+        """[T, H, C] of the next token of each sequence."""
+        where, most = step.where, memory.table.shape[1] * TILE
+        q, index_q = store.prepare(made, where, memory, self._norms())
+        chosen = None
+        if index_q is not None and weights is not None:
+            chosen = decode.select(index_q, weights, where, memory, self.config.index_topk, most)
+        return decode.attend(q, self.attn_sink, where, memory, most, chosen)
+
+    def _pieces(self, made: Projected, weights: Tensor | None, step: Step, memory: Memory) -> Tensor:
+        """[T, H, C] of pieces of prompts, one sequence after the other."""
+        where, norms, span = step.where, self._norms(), self.config.sliding_window
+        q, index_q, rows = store.enter(made, where, memory, norms)
+        out, end = torch.empty_like(q), step.batch.tiles[-1].rows.stop
+        out[end:] = 0
+        for tile in step.batch.tiles:
+            first = max(0, tile.start + 1 - span)
+            near = torch.cat((store.recent(memory.window, tile.slot, first, tile.start - first), tile.of(rows)))
+            entries, chosen = self._seen(tile, index_q, weights, memory)
+            turn = where.turn(self.ratio)[tile.rows]
+            out[tile.rows] = prefill.attend(
+                tile.of(q), near, entries, chosen, self.attn_sink, turn, tile.start, self.ratio, span
+            )
+            store.remember(made, where, memory, norms, tile.rows.start, tile.rows.stop, tile.end)
+        return out
+
+    def _seen(
+        self, tile: Tile, index_q: Tensor | None, weights: Tensor | None, memory: Memory
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """A piece's compressed entries, end to end, and in CSA layers which of them each query keeps."""
+        if memory.entries is None:
+            return None, None
+        entries = prefill.unpacked(memory.entries, memory.table, tile.slot, 0, tile.end // self.ratio)
+        if index_q is None or weights is None or memory.keys is None:
+            return entries, None
+        keys = prefill.keys(memory.keys, memory.table, tile.slot, tile.end // 4)
+        scaled = self.indexer.scaled(tile.of(weights)).float()
+        return entries, prefill.select(tile.of(index_q), scaled, *keys, tile.start, self.config.index_topk)
 
     def _stored(self, row: Tensor) -> Tensor:
         return self.numerics.row(row, self.config.qk_rope_head_dim)

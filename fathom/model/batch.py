@@ -66,8 +66,8 @@ class Batch:
 
     positions [T] absolute positions; bounds [S+1] row where each sequence begins; slots [S] cache slots;
     wanted [R] rows whose output is wanted (None: all); tiles: the same on the host, cut for the reference kernels.
-    No tiles: one token of each of T running sequences, wherever they stand, for kernels that read positions and slots
-    (int32) on the device.
+    For a cache that kernels read (`LayerState.memory`) positions and slots are int32 [T], both of every token: `tokens`
+    (no tiles) for the next token of running sequences, `pieces` for prompts.
     """
 
     positions: Tensor
@@ -91,6 +91,20 @@ class Batch:
     def tokens(positions: Tensor, slots: Tensor) -> Batch:
         """The next token of each sequence: int32 positions [T] and slots [T], which the host need not know."""
         return Batch(positions, positions, slots, None, ())
+
+    @staticmethod
+    def pieces(spans: Sequence[Span], device: torch.device | str = "cpu") -> Batch:
+        """Pieces of prompts, a tile each, their last rows wanted; filled up to whole tiles of tokens of nobody's."""
+        tiles = tuple(_whole(spans))
+        rest = -sum(span.count for span in spans) % TILE
+        at = torch.cat(
+            [*(torch.arange(s.start, s.start + s.count) for s in spans), torch.zeros(rest, dtype=torch.long)]
+        )
+        counts = torch.tensor([*(span.count for span in spans), rest])
+        slots = torch.tensor([*(span.slot for span in spans), -1]).repeat_interleave(counts)
+        wanted = counts[:-1].cumsum(0) - 1
+        positions, slots, wanted = (t.to(device) for t in (at.int(), slots.int(), wanted))
+        return Batch(positions, positions, slots, wanted, tiles)
 
     @staticmethod
     def step(

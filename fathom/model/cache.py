@@ -22,34 +22,12 @@ from fathom.model.batch import TILE, Tile
 from fathom.model.layers import Numerics
 
 if TYPE_CHECKING:
-    from fathom.kernels.paged_triton import Ring
+    from fathom.kernels.decode import Memory
 
 KEPT_ROWS = 2 * TILE + 8
 """Recent rows that survive: the window before the last block boundary, and a rewind of eight drafts."""
 
 _ROOM = 4 * TILE
-
-
-class Paged(Protocol):
-    """The memory of one layer as device tensors, for one token of every sequence at once.
-
-    table: int32 [slots, pages], the pages of each slot's sequence; reach: the most tokens that a sequence of this step
-    may have, whatever they are.
-    """
-
-    @property
-    def table(self) -> Tensor:
-        """See above."""
-
-    @property
-    def reach(self) -> int:
-        """See above."""
-
-    def ring(self, name: str) -> Ring:
-        """The recent rows of a kind."""
-
-    def store(self, name: str) -> Tensor:
-        """The entries of a kind, [pages, entries a page, W]."""
 
 
 class LayerState(Protocol):
@@ -61,8 +39,9 @@ class LayerState(Protocol):
     def entries(self, name: str, tile: Tile, start: int, new: Tensor) -> Tensor:
         """Keep `new` [b, W], b >= 0, as entries start .. start + b - 1 and return all entries before start + b."""
 
-    def paged(self) -> Paged:
-        """The same memory on the device. NotImplementedError where it has no pages."""
+    @property
+    def memory(self) -> Memory | None:
+        """The same as bytes on the device, for kernels that store and read them; None where torch does, as above."""
 
 
 class Cache(Protocol):
@@ -78,6 +57,8 @@ class Cache(Protocol):
 class NoState:
     """Documents that begin at position 0 and end in the same call: nothing to remember, everything differentiable."""
 
+    memory = None
+
     def recent(self, name: str, tile: Tile, new: Tensor, first: int) -> Tensor:
         """The rows themselves."""
         assert tile.start == 0, "a sequence without a cache begins at position 0"
@@ -86,10 +67,6 @@ class NoState:
     def entries(self, name: str, tile: Tile, start: int, new: Tensor) -> Tensor:
         """The entries themselves."""
         return new
-
-    def paged(self) -> Paged:
-        """There are no pages."""
-        raise NotImplementedError
 
 
 class Recent:
@@ -132,6 +109,8 @@ class Recent:
 
 
 class _Layer:
+    memory = None
+
     def __init__(self) -> None:
         self.recents: dict[str, Recent] = {}
         self.stores: dict[str, Tensor] = {}
@@ -144,9 +123,6 @@ class _Layer:
         if new.shape[0]:
             store[start : start + new.shape[0]] = new
         return store[: start + new.shape[0]]
-
-    def paged(self) -> Paged:
-        raise NotImplementedError
 
 
 class ContiguousCache:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +15,12 @@ from torch import Tensor, nn
 from fathom.config import ModelConfig
 from fathom.kernels.linear import Part
 from fathom.kernels.pool import overlap, pool
-from fathom.kernels.quant import hadamard_matrix
+from fathom.kernels.store import Pooling
 from fathom.model.batch import Tile
-from fathom.model.cache import LayerState, Paged
-from fathom.model.layers import Linear, Numerics, RMSNorm, both, joined
+from fathom.model.cache import LayerState
+from fathom.model.layers import Linear, RMSNorm, both, joined
 from fathom.model.rope import rotate
 from fathom.model.step import Step
-
-if TYPE_CHECKING:
-    from fathom.kernels.paged_triton import Where
 
 
 class Compressor(nn.Module):
@@ -44,17 +40,10 @@ class Compressor(nn.Module):
         part = joined(self.wkv, self.wgate) or Part(torch.cat((self.wkv.weight, self.wgate.weight)))
         return replace(part, dtype=torch.float32)
 
-    def paged(self, projected: Tensor, step: Step, memory: Paged, where: Where, numerics: Numerics) -> Tensor:
-        """One token of every sequence: kept, pooled where it closes its block; the store of entries [pages, n, dim]."""
-        from fathom.kernels import paged_triton
-
-        store, quantize = memory.store(self.name), numerics.quantize
-        turn, tail = step.real_turns(self.ratio, of_block=True), memory.ring(self.name)
-        is_key, weight, eps = self.name == "indexer", self.norm.weight, self.norm.eps
-        mixer = hadamard_matrix(self.dim, numerics.dtype, projected.device) if is_key and quantize else None
-        rounded = quantize and not is_key
-        paged_triton.compress(projected, self.ape, weight, turn, tail, store, where, self.ratio, eps, rounded, mixer)
-        return store
+    @property
+    def pooling(self) -> Pooling:
+        """The weights behind the projections."""
+        return Pooling(self.ape, self.norm.weight)
 
     def projections(self, x: Tensor, positions: Tensor) -> Tensor:
         """Values and gate logits of each token, float32 [T, 2 * width]; the slot's bias goes on the gates only."""

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.kernels.indexer import index_scores, select_topk
-from fathom.kernels.quant import hadamard_matrix
 from fathom.model.batch import Tile
-from fathom.model.cache import Paged
 from fathom.model.compressor import Compressor
 from fathom.model.layers import Linear, Numerics
 from fathom.model.rope import rotate
 from fathom.model.step import Step
-
-if TYPE_CHECKING:
-    from fathom.kernels.paged_triton import Where
 
 
 class Indexer(nn.Module):
@@ -37,21 +30,11 @@ class Indexer(nn.Module):
         q = rotate(self.wq_b(latent).unflatten(-1, (self.heads, self.dim)), step.turns(4)[0].unsqueeze(1))
         return self.numerics.index(q), self._weights(x)
 
-    def paged(
-        self, q: Tensor, projected: Tensor, weights: Tensor, step: Step, memory: Paged, where: Where, most: int
-    ) -> Tensor:
-        """One token of every sequence: the entries that each keeps, int32 [T, topk] in order, -1 behind the last."""
-        from fathom.kernels import paged_triton
-
-        keys = self.compressor.paged(projected, step, memory, where, self.numerics)
-        mixer = hadamard_matrix(self.dim, q.dtype, q.device) if self.numerics.quantize else None
-        q = paged_triton.index_queries(q, step.real_turns(4), mixer)
-        return paged_triton.select(q, self._scaled(weights).float(), keys, where, self.topk, most)
-
     def _weights(self, x: Tensor) -> Tensor:
-        return self._scaled(self.weights_proj(x))
+        return self.scaled(self.weights_proj(x))
 
-    def _scaled(self, weights: Tensor) -> Tensor:
+    def scaled(self, weights: Tensor) -> Tensor:
+        """What the products of `weights_proj` weigh in the scores."""
         return weights * (self.dim**-0.5 * self.heads**-0.5)
 
     def forward(self, tile: Tile, keys: Tensor, q: Tensor, weights: Tensor, visible: Tensor | None) -> Tensor | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from fathom.config import ModelConfig, RopeScaling
+from fathom.kernels.decode import Tokens
 from fathom.model.batch import Batch
 from fathom.model.rope import frequencies, turns
 
@@ -30,14 +31,11 @@ class Step:
             self._turns[kind] = (turn, turn.conj().resolve_conj())
         return self._turns[kind]
 
-    def real_turns(self, ratio: int, of_block: bool = False) -> Tensor:
-        """Cosines and sines, float32 [T, P, 2], of the tokens or of the first positions of the blocks they are in."""
-        key = (ratio if of_block else int(ratio > 0), -1, int(of_block))
-        if key not in self._blocks:
-            positions = self.batch.positions
-            first = positions // ratio * ratio if of_block else positions
-            self._blocks[key] = torch.view_as_real(turns(first, self._frequencies(ratio)))
-        return self._blocks[key]
+    @cached_property
+    def where(self) -> Tokens:
+        """Slots, positions and all rotations of the batch's tokens, for kernels."""
+        plain, compressed = (self._frequencies(ratio) for ratio in (0, 4))
+        return Tokens.at(self.batch.slots, self.batch.positions, plain, compressed)
 
     def block_turns(self, ratio: int, begin: int, end: int) -> Tensor:
         """Rotations of the entries begin .. end - 1: a block stands at its first token's position."""

@@ -183,7 +183,8 @@ class Server:
     async def ready(self, _: Request) -> Response:
         """Requests are answered; `notes` is what the user should know."""
         status, meter = self.engine.status(), self.books.meter
-        body: dict[str, object] = {"status": "ready", "running": status.running, "notes": status.notes}
+        notes = [*status.notes, *filter(None, [self.desk.replay.trouble])]
+        body: dict[str, object] = {"status": "ready", "running": status.running, "notes": notes}
         if meter:
             body["ledger"] = {"waiting": meter.waiting, "trouble": meter.trouble}
         full = meter is not None and meter.full

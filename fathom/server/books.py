@@ -88,7 +88,7 @@ class Books:
         """Usage by key; who has a key sees its own."""
         if self.meter is None:
             return []
-        names = {k.id: f"{k.name} ({k.id})" for k in self.keyring.list()} if self.keyring else {}
+        names = {k.id: f"{k.name} ({k.id})" for k in self.keyring.known()} if self.keyring else {}
         totals: Mapping[str | None, Totals] = self.meter.totals
         return [
             {"key": names.get(id or "", id)} | total.shown()
@@ -141,7 +141,6 @@ class Account:
         metrics = self._books.metrics
         metrics.finished(row.protocol, finish, row.hit, row.miss, row.reasoning, row.output)
         metrics.charged(row.amount)
-        metrics.waiting_rows(self._books.meter.waiting if self._books.meter else 0)
         _log.info(json.dumps(_logged(row)))
 
     def _row(self, usage: Mapping[str, int], finish: str) -> Row:

@@ -20,6 +20,16 @@ from fathom.errors import ConfigError
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
+_POSTGRES = {
+    "client_encoding": "utf8",
+    "connect_timeout": 5,
+    "tcp_user_timeout": 20_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+"""libpq's options: a server that has vanished from the network is given up within half a minute, not half an hour."""
+
 
 class Amount(sa.TypeDecorator[Decimal]):
     """An exact number of dollars."""
@@ -91,10 +101,15 @@ requests = sa.Table(
 )
 
 
-def open_database(url: str) -> Engine:
-    """Connect, and bring the tables to this version. Raises ConfigError: bad URL, no driver, away, or newer than we."""
+def open_database(url: str, *, create: bool = True) -> Engine:
+    """Connect, and bring the tables to this version.
+
+    create: make an SQLite file that is not there. Raises ConfigError: bad URL, no driver, away, or newer than we.
+    """
     try:
-        parsed = make_url(url)
+        parsed = _parsed(url)
+        if not create and (file := sqlite_file(url)) and not file.exists():
+            raise ConfigError(f"there is no database {file}")
         engine = _engine(parsed)
         with engine.connect() as connection:
             _migrate(connection)
@@ -106,11 +121,37 @@ def open_database(url: str) -> Engine:
     return engine
 
 
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite database; None for another one, or one in memory."""
+    parsed = _parsed(url)
+    on_disk = parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:")
+    return Path(str(parsed.database)) if on_disk else None
+
+
+def place(url: str) -> str:
+    """Where a database is: its URL without user, password and options, which may change."""
+    parsed = _parsed(url)
+    return f"{parsed.get_backend_name()}://{parsed.host}:{parsed.port}/{parsed.database}"
+
+
+def _parsed(url: str) -> URL:
+    """Raises ConfigError for what is neither SQLite nor PostgreSQL; `~` is the user's home."""
+    parsed = make_url("postgresql" + url.removeprefix("postgres") if url.startswith("postgres://") else url)
+    if parsed.drivername == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise ConfigError(
+            f"the database {_shown(url)} is neither sqlite:///FILE nor postgresql://USER:PASSWORD@HOST/NAME"
+        )
+    if parsed.get_backend_name() == "sqlite" and (parsed.database or "").startswith("~"):
+        return parsed.set(database=str(Path(str(parsed.database)).expanduser()))
+    return parsed
+
+
 def _engine(url: URL) -> Engine:
-    if url.get_backend_name() != "sqlite":
-        plain = url.drivername in ("postgresql", "postgres")
-        url = url.set(drivername="postgresql+psycopg") if plain else url
-        return sa.create_engine(url, pool_pre_ping=True, connect_args={"client_encoding": "utf8"})
+    if url.get_backend_name() == "postgresql":
+        arguments = {name: value for name, value in _POSTGRES.items() if name not in url.query}
+        return sa.create_engine(url, pool_pre_ping=True, connect_args=arguments)
     if url.database and url.database != ":memory:":
         _private_file(Path(url.database))
     engine = sa.create_engine(url, connect_args={"timeout": 10})

@@ -26,22 +26,30 @@ from fathom.server.database import keys as table
 PREFIX = "fk-"
 
 _MINUTE = 60.0
+_SLICE = 1.0  # seconds; tokens that come within so long are counted as one
 _REFRESH = 2.0  # seconds after which a revoked or new key is noticed
+
+_MOST = 2**31 - 1
+"""What an integer of either database holds."""
+
+_LEAST_BUDGET, _MOST_BUDGET = Decimal("0.000001"), Decimal(10**9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a key may do; None is no limit. budget: USD in all. Raises ConfigError for what is not positive."""
+    """What a key may do; None is no limit. budget: USD in all. Raises ConfigError for what is out of range."""
 
     concurrency: int | None = None
     tokens_per_minute: int | None = None
     budget: Decimal | None = None
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "tokens_per_minute", "budget"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"--{name.replace('_', '-')} {value} is out of range: it must be above 0")
+        for flag, count in (("concurrency", self.concurrency), ("tokens-per-minute", self.tokens_per_minute)):
+            if count is not None and not 1 <= count <= _MOST:
+                raise ConfigError(f"--{flag} {count} is out of range: it must be from 1 to {_MOST}")
+        budget = self.budget
+        if budget is not None and not (budget.is_finite() and _LEAST_BUDGET <= budget <= _MOST_BUDGET):
+            raise ConfigError(f"--budget {budget} is out of range: it must be from {_LEAST_BUDGET} to {_MOST_BUDGET}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +71,25 @@ class Keyring:
         self._database, self._clock = database, clock
         self._by_hash: dict[str, Key] = {}
         self._read_at = float("-inf")
+        self._ended = threading.Event()
+        self._watcher: threading.Thread | None = None
+
+    def watch(self) -> None:
+        """From now on keys are read by a thread: a database that does not answer holds nobody up."""
+        self._refresh()
+        self._watcher = threading.Thread(target=self._watch, name="fathom-keys", daemon=True)
+        self._watcher.start()
+
+    def close(self, patience: float = 2.0) -> None:
+        """Read no more, waiting at most so long for the database."""
+        self._ended.set()
+        if self._watcher:
+            self._watcher.join(patience)
 
     def create(self, name: str, limits: Limits) -> tuple[Key, str]:
-        """A new key and its secret, which is nowhere kept."""
+        """A new key and its secret, which is nowhere kept. Raises ConfigError for a name that is no line of text."""
+        if not (0 < len(name.strip()) <= 100 and name.isprintable()):
+            raise ConfigError(f"--name {name!r} is no name: it must be one line of 1 to 100 characters")
         secret = PREFIX + secrets.token_urlsafe(32)
         key = Key(
             id=secrets.token_hex(4), name=name, tail=secret[-4:], created=datetime.now(UTC), revoked=None, limits=limits
@@ -90,6 +114,11 @@ class Keyring:
         with self._database.connect() as connection:
             return [_key(row) for row in connection.execute(sa.select(table).order_by(table.c.created))]
 
+    def known(self) -> Sequence[Key]:
+        """All keys as they were last read: what a page may ask for while the database is away."""
+        self._refresh()
+        return tuple(self._by_hash.values())
+
     def find(self, secret: str) -> Key:
         """The valid key with this secret. Raises RequestError 401, which shows the last four characters and no more."""
         self._refresh()
@@ -105,12 +134,20 @@ class Keyring:
         self._refresh()
         return sum(key.revoked is None for key in self._by_hash.values())
 
+    def _watch(self) -> None:
+        while not self._ended.wait(_REFRESH / 2):
+            self._read()
+
     def _refresh(self) -> None:
-        """Read the keys again now and then; while the database is away, those known go on."""
+        """Read the keys again now and then, where no thread does."""
         now = self._clock()
-        if now - self._read_at < _REFRESH:
+        if self._watcher or now - self._read_at < _REFRESH:
             return
         self._read_at = now
+        self._read()
+
+    def _read(self) -> None:
+        """While the database is away, the keys that are known go on."""
         try:
             with self._database.connect() as connection:
                 rows = connection.execute(sa.select(table)).all()
@@ -121,17 +158,34 @@ class Keyring:
 
 @dataclass
 class _Use:
-    """What one key is doing."""
+    """What one key is doing; recent: when tokens came, and how many, slice by slice."""
 
     running: int = 0
     open_amount: Decimal = Decimal(0)
     recent: deque[tuple[float, int]] = field(default_factory=deque)
 
-    def tokens(self, now: float) -> int:
-        """Tokens of the last minute."""
+    def count(self, tokens: int, now: float) -> None:
+        """So many more have come."""
+        if self.recent and now - self.recent[-1][0] < _SLICE:
+            begun, before = self.recent.pop()
+            self.recent.append((begun, before + tokens))
+        else:
+            self.recent.append((now, tokens))
+        self._forget(now)
+
+    def wait(self, most: int, now: float) -> float:
+        """Seconds until the tokens of the last minute are fewer than `most`; 0 if they are."""
+        self._forget(now)
+        left, wait = sum(tokens for _, tokens in self.recent), 0.0
+        for begun, tokens in self.recent:
+            if left < most:
+                break
+            left, wait = left - tokens, begun + _MINUTE - now
+        return wait
+
+    def _forget(self, now: float) -> None:
         while self.recent and self.recent[0][0] <= now - _MINUTE:
             self.recent.popleft()
-        return sum(count for _, count in self.recent)
 
 
 class Gate:
@@ -159,22 +213,22 @@ class Gate:
             raise used_up(key)
         if limits.concurrency is not None and use.running >= limits.concurrency:
             raise _too_many(f"key {key.id} has {use.running} requests running, as many as it may", 1.0)
-        if limits.tokens_per_minute is not None and use.tokens(now) >= limits.tokens_per_minute:
-            wait = use.recent[0][0] + _MINUTE - now
+        if limits.tokens_per_minute is not None and (wait := use.wait(limits.tokens_per_minute, now)):
             raise _too_many(f"key {key.id} has used its {limits.tokens_per_minute} tokens of this minute", wait)
 
-    def _charge(self, key: Key, before: Decimal, amount: Decimal) -> bool:
+    def _charge(self, key: Key, amount: Decimal, tokens: int) -> bool:
+        """So much more."""
         with self._lock:
             use = self._uses[key.id]
-            use.open_amount += amount - before
+            use.open_amount += amount
+            use.count(tokens, self._clock())
             return key.limits.budget is None or self._spent(key.id) + use.open_amount <= key.limits.budget
 
-    def _leave(self, key: Key, amount: Decimal, tokens: int) -> None:
+    def _leave(self, key: Key, amount: Decimal) -> None:
         with self._lock:
             use = self._uses[key.id]
             use.running -= 1
             use.open_amount -= amount
-            use.recent.append((self._clock(), tokens))
 
 
 class Admission:
@@ -186,8 +240,9 @@ class Admission:
 
     def charge(self, amount: Decimal, tokens: int) -> bool:
         """The request has cost `amount` for `tokens` so far; whether the budget still allows going on."""
-        before, self._amount, self._tokens = self._amount, amount, tokens
-        return self._gate._charge(self._key, before, amount)
+        more = amount - self._amount, tokens - self._tokens
+        self._amount, self._tokens = amount, tokens
+        return self._gate._charge(self._key, *more)
 
     def __enter__(self) -> Admission:
         return self
@@ -195,7 +250,7 @@ class Admission:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._gate._leave(self._key, self._amount, self._tokens)
+        self._gate._leave(self._key, self._amount)
 
 
 def used_up(key: Key) -> RequestError:

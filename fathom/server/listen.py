@@ -42,12 +42,14 @@ class Listener(uvicorn.Server):
 
     def __init__(self, app: FastAPI, patience: Patience | None = None) -> None:
         self.patience = patience or Patience()
-        self._app = app
+        self._app, self._ending = app, 0
+        self._loop: asyncio.AbstractEventLoop | None = None
         protocol: Any = functools.partial(Connection, patience=self.patience)
         config = uvicorn.Config(
             app,
             http=protocol,
             ws="none",
+            lifespan="off",
             log_level="warning",
             access_log=False,
             h11_max_incomplete_event_size=self.patience.most_head,
@@ -58,7 +60,7 @@ class Listener(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more, let what runs finish, and after `patience.end` end it with a reason."""
-        asyncio.get_running_loop().call_later(self.patience.end, self._app.state.hang_up, "the server is shutting down")
+        asyncio.get_running_loop().call_later(self.patience.end, self._hang_up)
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
@@ -67,6 +69,7 @@ class Listener(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        self._loop = asyncio.get_running_loop()
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -75,9 +78,15 @@ class Listener(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal asks, the second insists."""
-        self.force_exit = self.should_exit
+        """The first signal asks, the second ends all answers at once, the third does not wait for who reads them."""
+        if self._ending and self._loop:
+            self._loop.call_soon_threadsafe(self._hang_up)
+        self.force_exit = self._ending > 1
         self.should_exit = True
+        self._ending += 1
+
+    def _hang_up(self) -> None:
+        self._app.state.hang_up("the server is shutting down")
 
 
 class Connection(H11Protocol):

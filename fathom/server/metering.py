@@ -8,6 +8,7 @@ journal has reached its bound.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -36,6 +37,7 @@ _ROW_BYTES = 350
 
 _BATCH = 500
 _LONGEST_WAIT = 10.0  # seconds between two tries to reach the database
+_SILENCE = 5.0  # seconds after which a database that has not answered is said to be away
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +93,13 @@ class Meter:
     """
 
     def __init__(self, database: Engine, journal: Path, limit: int = JOURNAL_BYTES) -> None:
-        self._database, self._limit = database, limit
+        self._database, self._limit, self._path = database, limit, journal
         self._journal = _open_journal(journal)
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._waiting: dict[str, Row] = {row.id: row for row in _read_journal(self._journal)}
         self.totals = self._booked()
         self._away: str | None = None
+        self._asked_at: float | None = None
         self._unwritten: str | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="fathom-meter", daemon=True)
@@ -117,7 +120,8 @@ class Meter:
     @property
     def full(self) -> bool:
         """Whether what waits has reached its bound: nothing more should be served before the database is back."""
-        return max(os.fstat(self._journal).st_size, len(self._waiting) * _ROW_BYTES) >= self._limit
+        with self._lock:
+            return max(os.fstat(self._journal).st_size, len(self._waiting) * _ROW_BYTES) >= self._limit
 
     @property
     def waiting(self) -> int:
@@ -127,6 +131,9 @@ class Meter:
     @property
     def trouble(self) -> str | None:
         """Why the database does not take rows, or the journal, if they do not."""
+        asked = self._asked_at
+        if self._away is None and asked is not None and time.monotonic() - asked > _SILENCE:
+            return f"the database has not answered for {time.monotonic() - asked:.0f} s"
         return self._away or self._unwritten
 
     def close(self, patience: float = 5.0) -> None:
@@ -155,11 +162,12 @@ class Meter:
             self._wake.wait()
             self._wake.clear()
             while self._waiting:
+                self._asked_at = time.monotonic()
                 try:
                     self._move()
-                    self._away, pause = None, 0.1
-                except sa.exc.SQLAlchemyError as error:
-                    self._away = str(getattr(error, "orig", None) or error).splitlines()[0]
+                    self._away, pause, self._asked_at = None, 0.1, None
+                except (sa.exc.SQLAlchemyError, OSError) as error:
+                    self._away, self._asked_at = str(getattr(error, "orig", None) or error).splitlines()[0], None
                     if self._closing:
                         return
                     time.sleep(pause)
@@ -177,6 +185,25 @@ class Meter:
                 del self._waiting[row.id]
             if not self._waiting:
                 os.ftruncate(self._journal, 0)
+                self._unwritten = None
+            elif os.fstat(self._journal).st_size > max(self._limit // 2, 2 * len(self._waiting) * _ROW_BYTES):
+                self._shorten()
+
+    def _shorten(self) -> None:
+        """A journal of the rows that still wait, in place of one that has become long because some always do."""
+        aside = self._path.with_name(self._path.name + ".part")
+        shorter = _open_journal(aside)
+        try:
+            os.ftruncate(shorter, 0)
+            text = b"".join(map(_line, self._waiting.values()))
+            if os.write(shorter, text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            aside.replace(self._path)
+        except OSError:
+            os.close(shorter)
+            raise
+        os.close(self._journal)
+        self._journal = shorter
 
     def _booked(self) -> dict[str | None, Totals]:
         """What the database and the journal hold, each request once."""

@@ -70,10 +70,6 @@ class Metrics:
         self._recent.append((now, tokens))
         self._forget(now)
 
-    def waiting_rows(self, rows: int) -> None:
-        """How many rows the ledger's database has not taken."""
-        self._journal.set(rows)
-
     @property
     def tokens_per_second(self) -> float:
         """Output tokens of the last ten seconds, a second."""
@@ -85,8 +81,9 @@ class Metrics:
         """The part of all prompt tokens that came from the cache."""
         return self._hit / self._prompt if self._prompt else None
 
-    def text(self) -> bytes:
-        """The exposition."""
+    def text(self, waiting_rows: int = 0) -> bytes:
+        """The exposition; waiting_rows: of the ledger, now."""
+        self._journal.set(waiting_rows)
         return generate_latest(self.registry)
 
     def _forget(self, now: float) -> None:

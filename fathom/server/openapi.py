@@ -62,7 +62,14 @@ _SAMPLING: Schema = {
     "top_p": {"type": "number", "minimum": 1e-6, "maximum": 1},
     "stream": _FLAG,
 }
-_FORMAT: Schema = {"anyOf": [_kind("text"), _kind("json_object")]}
+_TOP_LOGPROBS: Schema = {"type": "integer", "minimum": 0, "maximum": 20}
+_SEED: Schema = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
+
+
+def _format(**named: Schema) -> Schema:
+    """A wished form of an answer; `named`: where the protocol puts a schema."""
+    return {"anyOf": [_kind("text"), _kind("json_object"), _kind("json_schema", **named)]}
+
 
 _PARTS: Schema = {"anyOf": [_TEXT, _list(_kind("text", text=_TEXT))]}
 _FUNCTION = _object(["name"], name=_NAME, description=_TEXT, parameters=_ANY_OBJECT, strict=_FLAG)
@@ -87,16 +94,24 @@ _CHAT: Schema = {
     "max_tokens": _COUNT,
     "stop": _STOP,
     "stream_options": _object(include_usage=_FLAG),
-    "response_format": _FORMAT,
+    "response_format": _format(json_schema=_object(["name", "schema"], name=_NAME, schema=_ANY_OBJECT)),
     "tools": _list(_kind("function", function=_FUNCTION), most=128),
     "tool_choice": {"enum": ["none", "auto", "required"]},
     "logprobs": _FLAG,
-    "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
-    "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+    "top_logprobs": _TOP_LOGPROBS,
+    "seed": _SEED,
     "user_id": {"type": "string", "maxLength": 512},
 }
 
-_COMPLETIONS: Schema = {**_SAMPLING, "suffix": _TEXT, "max_tokens": _COUNT, "stop": _STOP, "echo": _FLAG}
+_COMPLETIONS: Schema = {
+    **_SAMPLING,
+    "suffix": _TEXT,
+    "max_tokens": _COUNT,
+    "stop": _STOP,
+    "echo": _FLAG,
+    "logprobs": _TOP_LOGPROBS,
+    "seed": _SEED,
+}
 
 _TEXT_BLOCK, _THOUGHT = _kind("text", text=_TEXT), _kind("thinking", thinking=_TEXT, signature=_TEXT)
 _USE = _kind("tool_use", id=_TEXT, name=_NAME, input=_ANY_OBJECT)
@@ -112,7 +127,7 @@ _MESSAGES: Schema = {
     **_SAMPLING,
     "system": _PARTS,
     "thinking": _object(["type"], type={"enum": ["enabled", "adaptive", "disabled"]}, budget_tokens=_COUNT),
-    "output_config": _object(effort=_EFFORT),
+    "output_config": _object(effort=_EFFORT, format=_kind("json_schema", schema=_ANY_OBJECT)),
     "stop_sequences": _list(_WORD, most=16),
     "tools": _list(_MESSAGES_TOOL, most=128),
     "tool_choice": _object(["type"], type={"enum": ["auto", "any", "none"]}),
@@ -134,7 +149,8 @@ _RESPONSES: Schema = {
     "instructions": _TEXT,
     "max_output_tokens": _COUNT,
     "reasoning": _object(effort=_EFFORT),
-    "text": _object(format=_FORMAT),
+    "text": _object(format=_format(name=_NAME, schema=_ANY_OBJECT)),
+    "top_logprobs": _TOP_LOGPROBS,
     "tools": _list(_kind("function", name=_NAME) | {"additionalProperties": True}, most=128),
     "tool_choice": {"enum": ["none", "auto", "required"]},
 }

@@ -36,7 +36,8 @@ def router(engine: Engine, desk: Desk, books: Books) -> APIRouter:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        return Response(books.metrics.text(), media_type=CONTENT_TYPE)
+        waiting = books.meter.waiting if books.meter else 0
+        return Response(books.metrics.text(waiting), media_type=CONTENT_TYPE)
 
     @routes.get("/status")
     async def status(request: Request) -> Response:
@@ -72,7 +73,7 @@ def _state(engine: Engine, desk: Desk, books: Books) -> dict[str, Any]:
         "tokens_per_second": metrics.tokens_per_second,
         "tiers": dict(status.tiers),
         "restored": dict(status.restored),
-        "notes": [*status.notes, *([f"ledger: {trouble}"] if trouble else [])],
+        "notes": [*status.notes, *filter(None, [desk.replay.trouble]), *([f"ledger: {trouble}"] if trouble else [])],
     }
 
 

@@ -10,7 +10,7 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, time
+from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
@@ -22,6 +22,10 @@ LAUNCH = datetime(2026, 4, 24, tzinfo=UTC)
 """When V4 appeared; its prices of that day are the ones usually compared."""
 
 MILLION = Decimal(1_000_000)
+
+_PRICE = (Decimal(1_000_000), 9)
+_FACTOR = (Decimal(100), 2)
+"""Numbers below so much and with so many decimals: their products and sums fit in Python's 28 digits, unrounded."""
 
 _COLUMNS = ("model", "from", "until", "hit", "miss", "output", "peak_factor", "peak_hours", "note")
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -39,16 +43,17 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Days (0 is Monday) and hours (UTC, from .. before) at which prices are multiplied."""
+    """Days (0 is Monday) and spans of minutes of a day (UTC, from .. before) at which prices are multiplied."""
 
     factor: Decimal
-    days: range
-    hours: tuple[tuple[time, time], ...]
+    days: frozenset[int]
+    hours: tuple[tuple[int, int], ...]
 
     def at(self, moment: datetime) -> bool:
         """Whether `moment` lies in it."""
         clock = moment.astimezone(UTC)
-        return clock.weekday() in self.days and any(a <= clock.time() < b for a, b in self.hours)
+        minute = 60 * clock.hour + clock.minute
+        return clock.weekday() in self.days and any(a <= minute < b for a, b in self.hours)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +125,26 @@ class PriceBook:
 
 def _read(path: Path) -> Iterator[Price]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"price list {path} cannot be read: {error}") from None
     numbers = [n for n, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
-    rows = csv.reader(lines[n - 1] for n in numbers)
-    header = next(rows, [])
-    if tuple(header) != _COLUMNS:
+    if not numbers or tuple(_cells(lines[numbers[0] - 1], f"{path}, line {numbers[0]}")) != _COLUMNS:
         raise ConfigError(f"price list {path}: the first line must name the columns {','.join(_COLUMNS)}")
-    for number, cells in zip(numbers[1:], rows, strict=True):
+    for number in numbers[1:]:
         where = f"{path}, line {number}"
+        cells = _cells(lines[number - 1], where)
         if len(cells) != len(_COLUMNS):
             raise ConfigError(f"{where}: {len(cells)} columns where {len(_COLUMNS)} are wanted")
         yield _price(dict(zip(_COLUMNS, cells, strict=True)), where)
+
+
+def _cells(line: str, where: str) -> list[str]:
+    """The cells of one row, which is one line."""
+    try:
+        return next(csv.reader([line], strict=True))
+    except csv.Error as error:
+        raise ConfigError(f"{where}: a row must be one line of CSV: {error}") from None
 
 
 def _price(cells: Mapping[str, str], where: str) -> Price:
@@ -158,16 +170,22 @@ def _moment(text: str, where: str) -> datetime:
         raise ConfigError(f"{where}: '{text}' is no time: write 2026-04-24T00:00Z") from None
     if moment.tzinfo is None:
         raise ConfigError(f"{where}: '{text}' names no time zone: write 2026-04-24T00:00Z")
-    return moment.astimezone(UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ConfigError(f"{where}: '{text}' is before the first or after the last day there is") from None
 
 
-def _number(text: str, where: str) -> Decimal:
+def _number(text: str, where: str, bounds: tuple[Decimal, int] = _PRICE) -> Decimal:
+    most, decimals = bounds
     try:
         number = Decimal(text)
     except InvalidOperation:
         raise ConfigError(f"{where}: '{text}' is no number") from None
     if not number.is_finite() or number < 0:
         raise ConfigError(f"{where}: {text} is no price: it must be 0 or more")
+    if number >= most or round(number, decimals) != number:
+        raise ConfigError(f"{where}: {text} is too fine or too large: below {most}, at most {decimals} decimals")
     return number
 
 
@@ -181,11 +199,16 @@ def _peak(factor: str, hours: str, where: str) -> Peak | None:
         spans = tuple(_span(span) for span in found[3].split())
     except ValueError as error:
         raise ConfigError(f"{where}: peak hours '{hours}': {error}") from None
-    return Peak(_number(factor, where), range(_DAYS.index(found[1]), _DAYS.index(found[2]) + 1), spans)
+    first, last = _DAYS.index(found[1]), _DAYS.index(found[2])
+    days = frozenset((first + n) % 7 for n in range((last - first) % 7 + 1))
+    return Peak(_number(factor, where, _FACTOR), days, spans)
 
 
-def _span(text: str) -> tuple[time, time]:
-    begin, end = (time.fromisoformat(part) for part in text.split("-"))
+def _span(text: str) -> tuple[int, int]:
+    """Minutes of a day, whose end is 24:00."""
+    begin, end = (60 * int(part[:2]) + int(part[3:]) for part in text.split("-"))
+    if end > 24 * 60 or any(int(part[3:]) > 59 for part in text.split("-")):
+        raise ValueError(f"{text} is no time of a day")
     if begin >= end:
         raise ValueError(f"{text} ends before it begins")
     return begin, end

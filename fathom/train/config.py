@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -72,6 +73,9 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise TrainError("a schedule needs either minutes or steps, not both and not neither")
+        for unit, length in (("minutes", self.minutes), ("steps", self.steps)):
+            if length is not None and not 0 < length < math.inf:
+                raise TrainError(f"a run of {length} {unit} is out of range: it must be longer than 0, and end")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -152,7 +152,10 @@ class Trainer:
         path = self.folder / CHECKPOINT
         if not path.exists():
             raise TrainError(f"no {CHECKPOINT} in {self.folder}: start without --resume")
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # damaged bytes lead torch anywhere
+            raise TrainError(f"{path} cannot be read ({error!r}): start again in a new folder") from None
         if state["model_config"] != _plain(self.config.model.to_dict()):
             raise TrainError(f"{path} was trained with another model configuration; use its recipe or a new folder")
         self.model.load_state_dict(state["model"])

@@ -13,7 +13,7 @@ from fathom.checkpoint.load import check_drafting, load_model
 from fathom.checkpoint.random import first_layers, write_random
 from fathom.checkpoint.reader import Reader
 from fathom.cli.main import run
-from fathom.config import ModelConfig
+from fathom.config import WEIGHTS, ModelConfig
 from fathom.errors import CheckpointError, ConfigError, FormatError
 from tests import oracle
 from tests.checkpoint import official
@@ -209,6 +209,8 @@ def test_the_command_converts(source: Path, tmp_path: Path, capsys: pytest.Captu
     assert load_model(out).numerics.quantize is False
     assert run(["convert", "--random", "--model", str(source), "--layers", "1", str(tmp_path / "random")]) == 0
     assert load_model(tmp_path / "random").config.num_hidden_layers == 1
+    assert run(["convert", "small", str(tmp_path / "small")]) == 0
+    equal(tensors(tmp_path / "small"), tensors(WEIGHTS / "small"))
     assert capsys.readouterr().err == ""
 
 
@@ -220,7 +222,10 @@ def test_the_command_converts(source: Path, tmp_path: Path, capsys: pytest.Captu
         (["IN", "OUT", "--experts", "fp5"], "fp5"),
         (["IN", "OUT", "--experts", "bf16"], "linears"),
         (["none", "OUT"], "none"),
+        (["flash", "OUT"], "without weights"),
         (["IN", "OUT", "--layers", "2"], "--random"),
+        (["IN", "OUT", "--seed", "2"], "--random"),
+        (["OUT", "--random", "--model", "IN", "--lossy"], "--lossy"),
         (["OUT", "--random"], "--model"),
         (["OUT", "--random", "--model", "huge"], "huge"),
         (["OUT", "--random", "--model", "IN", "--layers", "9"], "9"),

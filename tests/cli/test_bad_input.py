@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from fathom.cli import generate as generate_module
 from fathom.cli.main import run
+from fathom.config import WEIGHTS
 from tests.cli.conftest import Piped, Script
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,6 +47,8 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str)
         (["--device", "cuda:99"], ["cuda:99", "not there"]),
         (["--colour", "red"], ["--colour"]),
         (["--ids", "1,x"], ["1,x", "0,17,4"]),
+        (["--ids", "1", "--prompt", "hello"], ["--prompt", "--ids"]),
+        (["--model", "no\nsuch"], ["no such"]),
     ],
 )
 @pytest.mark.parametrize("verb", ["generate", "chat"])
@@ -53,6 +57,15 @@ def test_flags(capsys: pytest.CaptureFixture[str], pipe: Piped, verb: str, flags
         words = ["--ids"]
     pipe(b"hello\n")
     fails(capsys, [verb, *flags], *words)
+
+
+@pytest.mark.parametrize(
+    "value", ['"max_tokens": "many"', '"max_tokens": 0', '"context": 1.5', '"temperature": "hot"', '"top_p": 2']
+)
+def test_settings_of_a_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path, value: str) -> None:
+    shutil.copytree(WEIGHTS / "small", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "fathom.json").write_text("{" + value + "}")
+    fails(capsys, [*ASK, "--model", str(tmp_path)], "fathom.json", value.split('"')[1])
 
 
 def test_a_folder_that_is_no_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -84,6 +97,26 @@ def test_a_pipe_that_is_not_utf8(capsys: pytest.CaptureFixture[str], pipe: Piped
     pipe("hä".encode("latin-1"))
     fails(capsys, [verb], "UTF-8", "0xe4", "place 1")
     assert script.prompts == []
+
+
+@pytest.mark.usefixtures("script")
+def test_a_flag_that_is_not_utf8(capsys: pytest.CaptureFixture[str], pipe: Piped) -> None:
+    flag = os.fsdecode("hä".encode("latin-1"))
+    fails(capsys, ["generate", "--prompt", flag], "UTF-8", "0xe4", "place 1")
+    pipe(b"hello\n")
+    fails(capsys, ["chat", "--system", flag], "UTF-8", "0xe4", "place 1")
+
+
+@pytest.mark.parametrize("minutes", ["0", "-5", "nan", "inf"])
+def test_a_run_without_an_end(capsys: pytest.CaptureFixture[str], tmp_path: Path, minutes: str) -> None:
+    fails(capsys, ["train", "tiny", "--out", str(tmp_path), "--minutes", minutes], "minutes", "out of range")
+
+
+def test_a_run_that_cannot_begin(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    train = ["train", "tiny", "--workers", "0", "--out", str(tmp_path)]
+    fails(capsys, [*train, "--device", "tpu"], "tpu", "cpu, cuda")
+    (tmp_path / "checkpoint.pt").write_bytes(b"half")
+    fails(capsys, [*train, "--resume"], "checkpoint.pt", "cannot be read")
 
 
 @pytest.mark.usefixtures("script")
@@ -132,6 +165,21 @@ def test_a_full_stdout() -> None:
     with Path("/dev/full").open("w") as full:
         done = command("--help", stdout=full)
     assert (done.returncode, done.stderr) == (2, b"error: No space left on device\n")
+
+
+def test_closed_streams_are_empty_ones() -> None:
+    line = [sys.executable, "-m", "fathom.cli.main", "generate"]
+    closed = f"import os; os.close(0); os.close(1); os.execv({line[0]!r}, {line!r})"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", closed], stderr=subprocess.PIPE, env=env)
+    assert (done.returncode, done.stderr) == (2, b"error: the prompt is empty\n")
+
+
+def test_a_terminal_that_lacks_a_character_is_no_reason_to_fail() -> None:
+    program = "from fathom.cli import main; main.run = lambda _: print('für') or 0; main.main()"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"f?r\n", b"")
 
 
 def test_no_arguments_is_help(capsys: pytest.CaptureFixture[str]) -> None:

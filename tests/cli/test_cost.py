@@ -62,6 +62,10 @@ def test_the_picture_has_a_bar_for_every_model(tmp_path: Path) -> None:
     [
         (("--output-tokens", "ten"), "--output-tokens 'ten' is no number of tokens"),
         (("--hit-rate", "1.5"), "--hit-rate 1.5 is out of range"),
+        (("--since", "2026-09-01"), "--since means nothing without --ledger"),
+        (("--ledger", "sqlite:///no.db", "--output-tokens", "5M"), "--output-tokens cannot go with --ledger"),
+        (("--ledger", "sqlite:///no.db", "--hit-rate", "0"), "--hit-rate cannot go with --ledger"),
+        (("--ledger", "mysql://me:secret@host/name"), "mysql://me:***@host/name is neither"),
         (("--prices", "soon"), "--prices 'soon' is no day"),
         (("--prices", "2020-01-01"), "no model has a price at 2020-01-01"),
         (("--list", "missing.csv"), "price list missing.csv cannot be read"),
@@ -73,7 +77,14 @@ def test_wrong_flags_are_one_line(arguments: tuple[str, ...], words: str, capsys
     assert said.out == "" and words in said.err and said.err.count("\n") == 1
 
 
-def test_a_ledger_says_what_it_would_have_cost_elsewhere(tmp_path: Path, bills: Bills) -> None:
+def test_a_ledger_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["cost", "--ledger", f"sqlite:///{tmp_path}/typo.db"]) == 2
+    assert f"there is no database {tmp_path}/typo.db" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_ledger_says_what_it_would_have_cost_elsewhere(
+    tmp_path: Path, bills: Bills, capsys: pytest.CaptureFixture[str]
+) -> None:
     url = f"sqlite:///{tmp_path}/ledger.db"
     database = open_database(url)
     meter = Meter(database, tmp_path / "journal")
@@ -81,11 +92,17 @@ def test_a_ledger_says_what_it_would_have_cost_elsewhere(tmp_path: Path, bills: 
         use = {"hit": 10**6, "miss": 2 * 10**6, "output": 10**6, "reasoning": 0, "first_ms": 1, "total_ms": 2}
         names = {"id": str(n), "protocol": "chat", "model": "m", "finish": "stop", "price": "p"}
         at = datetime(2026, 9, day, 12, tzinfo=UTC)
-        meter.book(Row(at=at, key=None, amount=Decimal(0), **use, **names))  # type: ignore[arg-type]
+        meter.book(Row(at=at, key=None, amount=Decimal("0.1") * n, **use, **names))  # type: ignore[arg-type]
     meter.close()
     database.dispose()
     flash = bills("--ledger", url)["deepseek-v4-flash"]
     # Off-peak: 0.007 / 0.22 / 0.66 on the first, 0.003 / 0.15 / 0.60 on the others.
     assert Decimal(flash["total"]) == Decimal("1.107") + 2 * Decimal("0.903")
     assert Decimal(bills("--ledger", url, "--since", "2026-09-21")["opus-4.7"]["total"]) == 3 * 5 + 25
+    mine = tmp_path / "mine.csv"
+    mine.write_text("model,from,until,hit,miss,output,peak_factor,peak_hours,note\nmine,2026-09-21T00:00Z,,1,1,1,,,\n")
+    assert run(["cost", "--ledger", url, "--list", str(mine)]) == 0
+    said = capsys.readouterr().out
+    assert "left out: no price for 'mine' at 2026-09-01 12:00 UTC" in said and "| mine |" not in said
+    assert said.splitlines()[-1] == "booked: 3 requests, 0.30 USD"
     assert run(["cost", "--ledger", url, "--since", "2027-01-01"]) == 2

@@ -148,13 +148,14 @@ def test_the_end_in_the_middle_of_streams(tmp_path: Path, signals: int) -> None:
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{address}/health")
         assert process.wait(40) == 0 and time.monotonic() - begun < 15
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
         for thread in threads:
             thread.join(10)
     rows = {row.protocol: row for row in read_rows(open_database(url(tmp_path))) if row.output > 1}
     assert set(rows) == {"chat", "messages", "responses"}
+    assert {row.finish for row in rows.values()} == {"shutting_down"}
+    assert all("the server is shutting down" in parts[0].rstrip().splitlines()[-1] for parts in said.values())
     if signals == 1:
-        assert {row.finish for row in rows.values()} == {"shutting_down"}
-        assert all("the server is shutting down" in parts[0].rstrip().splitlines()[-1] for parts in said.values())
         with serving(tmp_path, *flags) as (_, address):
             assert repeated(address) >= 256
 
@@ -178,6 +179,12 @@ def test_a_busy_port_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--bill-as", "gpt-2"], "no prices for 'gpt-2'"),
         (["--kv-gb", "0"], "too small"),
         (["--config", "missing.toml"], "--config missing.toml"),
+        (["--max-body-mb", "-1"], "--max-body-mb -1 is out of range"),
+        (["--max-body-mb", "nan"], "--max-body-mb nan is out of range"),
+        (["--grace", "inf"], "--grace inf is out of range"),
+        (["--kv-gb", "nan"], "--kv-gb nan is out of range"),
+        (["--cors", "chat.example.org"], "--cors 'chat.example.org' is no origin"),
+        (["--cors", "https://chat.example.org/"], "is no origin: write https://chat.example.org"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(

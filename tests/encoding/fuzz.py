@@ -21,7 +21,16 @@ from fathom.encoding.desk import Desk
 from fathom.encoding.intake import open_exchange
 
 D = "｜DSML｜"
-CONTROLS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<｜begin▁of▁sentence｜>", "<｜▁pad▁｜>", D)
+CONTROLS = (
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<think>",
+    "</think>",
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜▁pad▁｜>",
+    D,
+)
 _ATOMS = re.compile("|".join(map(re.escape, CONTROLS)) + "|.", re.DOTALL)
 """A control token or a character: what can be cut in two is only text."""
 
@@ -142,12 +151,13 @@ class Fuzz:
             frames, whole = self.answer(protocol, asked, ids, finish)
             said, streamed = _seen(protocol, whole), _streamed(protocol, frames)
             assert said == streamed, (seed, protocol, said, streamed)
-            leaks = [mark for mark in LEAKS for part in said if mark in part]
+            given, pieces = _arguments(protocol, whole), _streamed_arguments(protocol, frames)
+            leaks = [mark for mark in LEAKS for part in (*said, *given, *pieces) if mark in part]
             assert not leaks, (seed, protocol, leaks, said)
             assert _ended(protocol, frames), (seed, protocol, frames[-2:])
-            if finish is FinishReason.STOP and protocol == "chat":
-                for call in whole["choices"][0]["message"].get("tool_calls") or ():
-                    assert isinstance(json.loads(call["function"]["arguments"]), dict), (seed, call)
+            if finish is FinishReason.STOP:  # what is cut stays open in a stream, and Messages has no place for a half
+                assert [*map(json.loads, given)] == [*map(json.loads, pieces)], (seed, protocol, given, pieces)
+                assert all(isinstance(json.loads(text), dict) for text in given), (seed, protocol, given)
 
     def answer(self, protocol: str, asked: bytes, ids: list[int], finish: FinishReason) -> tuple[list[Any], Any]:
         """The frames and the body of the same answer."""
@@ -202,6 +212,31 @@ def _streamed(protocol: str, frames: list[Any]) -> list[str]:
     if protocol == "chat":
         return ["".join(joined.get((0, n), ())) for n in (0, 1)] + texts[sum(k[0] == 0 for k in joined) :]
     return [t for t in texts if t]
+
+
+def _arguments(protocol: str, whole: dict[str, Any]) -> list[str]:
+    """The arguments of the calls in a body."""
+    if protocol == "chat":
+        return [c["function"]["arguments"] for c in whole["choices"][0]["message"].get("tool_calls") or ()]
+    if protocol == "messages":
+        return [json.dumps(b["input"], ensure_ascii=False) for b in whole["content"] if b["type"] == "tool_use"]
+    return [item["arguments"] for item in whole["output"] if item["type"] == "function_call"]
+
+
+def _streamed_arguments(protocol: str, frames: list[Any]) -> list[str]:
+    """The same, put together from a stream."""
+    joined: dict[int, str] = {}
+    for p in (json.loads(f.data) for f in frames if f.data != "[DONE]"):
+        if protocol == "chat":
+            for piece in p["choices"][0]["delta"].get("tool_calls") or ():
+                joined[piece["index"]] = joined.get(piece["index"], "") + (piece["function"].get("arguments") or "")
+        elif p["type"] == "content_block_start" and p["content_block"]["type"] == "tool_use":
+            joined[p["index"]] = ""
+        elif p["type"] == "content_block_delta" and p["delta"]["type"] == "input_json_delta":
+            joined[p["index"]] += p["delta"]["partial_json"]
+        elif p["type"] == "response.function_call_arguments.done":
+            joined[p["output_index"]] = p["arguments"]
+    return [joined[n] or "{}" for n in sorted(joined)]
 
 
 def _chat_delta(payload: dict[str, Any], put: Callable[[Any, str], None]) -> None:

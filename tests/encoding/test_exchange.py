@@ -208,6 +208,18 @@ def test_case_91_a_prompt_that_does_not_fit(small: Codec, protocol: str) -> None
         opened(desk_of(small, context=100), protocol, **fields)
 
 
+@pytest.mark.parametrize("protocol", list(NEEDED))
+def test_a_prompt_far_too_long_is_refused_soon(small: Codec, protocol: str) -> None:
+    """Megabytes would take minutes and gigabytes to encode."""
+    key = {"responses": "input", "completions": "prompt"}.get(protocol, "messages")
+    said: Any = "7" * 20_000_000
+    fields = {key: said if key != "messages" else [{"role": "user", "content": said}]}
+    begun = time.perf_counter()
+    with pytest.raises(ContextError, match=r"more than 50000 tokens.* holds 50000 "):
+        opened(desk_of(small, context=50_000), protocol, **fields)
+    assert time.perf_counter() - begun < 5, "all of it takes ten times as long"
+
+
 # --- names, sampling, namespaces
 
 
@@ -418,6 +430,9 @@ def test_case_77_counting_goes_beyond_the_context(small: Codec) -> None:
     said = json.dumps({"model": "own", "messages": [{"role": "user", "content": "word " * 500}]}).encode()
     full, narrow = desk_of(small), desk_of(small, context=100)
     assert count_tokens(said, narrow) == len(open_exchange("messages", said, full).prompt_ids)
+    endless = json.dumps({"model": "own", "messages": [{"role": "user", "content": "7" * 6_000_000}]}).encode()
+    with pytest.raises(RequestError, match="more than 4194304 tokens"):
+        count_tokens(endless, narrow)
 
 
 def test_an_agents_next_round_opens_quickly(codec: Codec) -> None:

@@ -460,3 +460,36 @@ def test_a_strict_tool_of_a_body(codec: Codec) -> None:
     guide = open_exchange("chat", json.dumps(body).encode(), Desk(codec, ("m",), 1 << 20)).guide
     texts = [f"<{HEAD}{given('kind', k, 'true')}{given('id', i, 'true')}</｜DSML｜invoke>" for k in "xy" for i in "ab"]
     compare(codec.grammars, guide, _repeated(one_of(*texts)), 4, most=120)
+
+
+@pytest.mark.parametrize("protocol", ["chat", "responses"])
+def test_json_or_calls_where_a_body_wants_both(codec: Codec, protocol: str) -> None:
+    """A format does not fall under the table where there are tools: the answer fits it, or is calls."""
+    form = {"name": "x", "schema": {"type": "object", "properties": {"n": {"enum": [1, 2]}}, **CLOSED}}
+    function = {"name": "f", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
+    fields: dict[str, Any] = {
+        "chat": {
+            "messages": [{"role": "user", "content": "x"}],
+            "response_format": {"type": "json_schema", "json_schema": form},
+            "tools": [{"type": "function", "function": function}],
+        },
+        "responses": {
+            "input": "x",
+            "text": {"format": {"type": "json_schema", **form}},
+            "tools": [{"type": "function", **function}],
+        },
+    }
+    text = one_of('{"n":1}', '{"n":2}')
+    calls = _behind("\n\n<｜DSML｜tool_calls>\n", _repeated(one_of(EMPTY)))
+
+    def judge(said: bytes) -> tuple[bool, bool]:
+        begun, whole = zip(text(said), calls(said), strict=True)
+        return any(begun), any(whole)
+
+    seen = set()
+    for seed in range(8):
+        raw = json.dumps({"model": "m"} | fields[protocol]).encode()
+        guide = open_exchange(protocol, raw, Desk(codec, ("m",), 1 << 20)).guide
+        guide.accept(codec.tokenizer.added["</think>"])
+        seen.add(compare(codec.grammars, guide, judge, seed)[:1])
+    assert seen == {b"{", b"\n"}

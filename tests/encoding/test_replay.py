@@ -12,6 +12,7 @@ import pytest
 
 import fathom
 from fathom.api import Event, FinishReason
+from fathom.encoding import replay
 from fathom.encoding.codec import Codec
 from fathom.encoding.desk import Desk
 from fathom.encoding.exchange import Exchange
@@ -138,15 +139,43 @@ def test_the_file_does_not_grow_for_ever(tmp_path: Path) -> None:
     assert ReplayStore(path).find("me", "2999", [], Said("x"))
 
 
-def test_a_failing_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_and_written_again_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ReplayStore(tmp_path / "replay")
 
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "write", full)
-    store.remember("me", "1+1?", ["c1"], SAID, TURN)
-    assert kept(store) == TURN and "No space left" in store.trouble
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        store.remember("me", "1+1?", ["c1"], SAID, TURN)
+        assert kept(store) == TURN and "No space left" in store.trouble
+        patch.setattr(replay, "_PAUSE", 0.0)
+        store._paused_until = 0.0
+        store.remember("me", "q", [], Said("x"), Turn.of([9], False, Said("x")))
+        assert "No space left" in store.trouble and [f.name for f in tmp_path.iterdir()] == ["replay"]
+    store.remember("me", "r", [], Said("y"), Turn.of([8], False, Said("y")))
+    assert not store.trouble
+    store.close()
+    again = ReplayStore(tmp_path / "replay")
+    assert kept(again) == TURN and all(again.find("me", q, [], Said(t)) for q, t in ("qx", "ry"))
+
+
+def test_a_file_that_cannot_be_read_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "replay"
+    path.write_bytes(b"somebody's")
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        patch.setattr(replay, "_PAUSE", 0.0)
+        store = ReplayStore(path)
+        store.remember("me", "1+1?", ["c1"], SAID, TURN)
+    assert kept(store) == TURN and "Permission denied" in store.trouble
+    assert path.read_bytes() == b"somebody's"
 
 
 # --- through exchanges

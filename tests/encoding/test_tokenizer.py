@@ -48,6 +48,25 @@ def test_a_stream_holds_back_incomplete_characters(tokenizer: Tokenizer) -> None
     assert "".join(pieces) == "a 👩‍🚀🏳️‍🌈 b"
 
 
+@pytest.mark.parametrize("word", ["a sentence of words. ", "7", " ", "x", "杭州 ", "🙂", "\n\n", "qzxj"])
+def test_what_is_far_too_long_is_known_before_it_is_encoded(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """Never of a text that may have so few tokens; and of a very long one from its beginning alone."""
+    text = word * (300_000 // len(word))
+    count = len(tokenizer.encode(text))
+    assert not any(tokenizer.surely_more(text, most) for most in (count, count + 1, 10**9))
+    read, encoded = [0], tokenizer._encoded
+
+    def counted(texts: list[str]) -> list[list[int]]:
+        read[0] += sum(map(len, texts))
+        return encoded(texts)
+
+    monkeypatch.setattr(tokenizer, "_encoded", counted)
+    assert tokenizer.surely_more(text * 10, count // 2)
+    assert read[0] < 1_000_000
+
+
 def test_unknown_ids_have_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([tokenizer.size, 10**9]) == ""
     assert tokenizer.size == 129_280

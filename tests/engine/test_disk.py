@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from hashlib import shake_128
 from pathlib import Path
 
@@ -120,6 +121,23 @@ def test_a_damaged_file_is_never_served_is_reported_and_is_written_again(tmp_pat
     disk.put(keys[0], content(keys[0]))
     disk.flush()
     assert disk.get(keys[0]) == content(keys[0]) and len(files(tmp_path)) == 21
+    disk.close()
+
+
+def test_a_folder_that_can_only_be_read_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole files are served though their time cannot be noted; a damaged one is no more than a miss."""
+    keys = filled(tmp_path)
+    spoiled = next(path for path in files(tmp_path) if path.name == keys[0].hex())
+    damaged(spoiled, "bit", random.Random(0))
+    disk = Disk(tmp_path, MODEL, BIG)
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(module.os, "utime", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    for _ in range(2):
+        assert [disk.get(k) for k in keys] == [None, *map(content, keys[1:])]
     disk.close()
 
 
@@ -284,9 +302,9 @@ def test_no_kill_spoils_anything(tmp_path: Path) -> None:
 
 
 @pytest.mark.external
-def test_no_kill_of_fifty_spoils_anything(tmp_path: Path) -> None:
+def test_no_kill_of_fifty_spoils_anything(tmp_path: Path, say: Callable[[str], None]) -> None:
     """Half of them in a folder that is full, so that files are removed all the time."""
     read, begun = kills(tmp_path / "roomy", 25, 32 << 20)
     more, begun_too = kills(tmp_path / "tight", 25, 2 << 20)
-    print(f"50 kills of two writers each: {read + more} entries read, {begun + begun_too} unfinished files")
+    say(f"disk: 50 kills of two writers each, {read + more} entries read, {begun + begun_too} unfinished files")
     assert read > 500 and more > 100 and begun + begun_too > 10

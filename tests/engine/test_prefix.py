@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -273,10 +274,11 @@ def test_random_trees_of_conversations_through_evictions_restarts_and_damage(tmp
 
 
 @pytest.mark.external
-def test_many_random_trees(tmp_path: Path) -> None:
+def test_many_random_trees(tmp_path: Path, say: Callable[[str], None]) -> None:
     seen: Counter[str] = Counter()
     for seed in range(40):
         model = tiny(seed, Numerics(quantize=seed % 2 == 1), head_dim=128, qk_rope_head_dim=64)
         seen += grow(model, tmp_path / str(seed), seed, 25)
-    print(dict(seen))
+    say(f"cache: {seen['compared']} prompts of 40 random trees equal cold runs bit for bit, {seen['reused']} tokens of")
+    say(f"  them reused, through {seen['restarts']} restarts and {seen['damaged']} damaged files")
     assert seen["compared"] >= 900 and all(seen[name] for name in ("device", "host", "disk", "damaged"))

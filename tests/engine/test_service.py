@@ -14,7 +14,8 @@ from queue import SimpleQueue
 import pytest
 
 from fathom.api import Engine, Event, FinishReason, GenerateRequest, SamplingParams
-from fathom.engine.engine import Core, Memory
+from fathom.engine.engine import Core
+from fathom.engine.memory import Memory
 from fathom.engine.service import Service
 from fathom.errors import ContextError, PromptError
 from fathom.model.transformer import Transformer
@@ -206,7 +207,8 @@ def test_a_forgotten_service_ends(model: Transformer) -> None:
 def test_a_program_that_ends_in_the_middle_of_an_answer_ends_well() -> None:
     code = (
         "from tests.engine.prompts import tiny\n"
-        "from fathom.engine.engine import Core, Memory\n"
+        "from fathom.engine.engine import Core\n"
+        "from fathom.engine.memory import Memory\n"
         "from fathom.engine.service import Service\n"
         "from fathom.api import SamplingParams\n"
         "service = Service(Core(tiny(3, eos_token_id=0), 4096, Memory(slots=1, device=8 << 20, host=0)))\n"

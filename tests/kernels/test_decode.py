@@ -14,7 +14,8 @@ from fathom.config import ModelConfig, preset
 from fathom.engine.device_cache import DeviceCache
 from fathom.errors import ContextError
 from fathom.kernels import decode, quant
-from fathom.kernels.decode import Memory, Norms, Pooling, Tokens
+from fathom.kernels.decode import Memory, Tokens
+from fathom.kernels.store import Norms, Pooling, Projected, prepare
 from fathom.kernels.stored import Keys, Rows
 from fathom.model.attention import Attention
 from fathom.model.batch import Batch, Span
@@ -129,7 +130,8 @@ class Twin:
             index_projected = both(x.float(), i.compressor.wkv, i.compressor.wgate)
             pooling.append(Pooling(i.compressor.ape, i.compressor.norm.weight))
         norms = Norms(a.kv_norm.weight, self.config.rms_norm_eps, *pooling)
-        q, index_q = decode.prepare(q, a.wkv(operand), tokens, self.memory, norms, projected, index_q, index_projected)
+        made = Projected(q, a.wkv(operand), projected, index_q, index_projected)
+        q, index_q = prepare(made, tokens, self.memory, norms)
         if index_q is not None:
             weights = a.indexer.weights_proj(x)
             self.scored = index_q, weights
@@ -293,9 +295,11 @@ def test_bytes_are_those_of_the_accounting() -> None:
     for packed, most in ((True, 0.076), (False, 0.083)):
         cache = DeviceCache(config, 1, context // 128, context, "meta", packed)
         assert cache.page_bytes == 128 * (21 * (584 + (68 if packed else 132)) // 4) + 20 * 584
-        assert cache.bytes == sum(t.numel() * t.element_size() for m in cache.layers for t in planes(m)) + 4 * 8192
-        assert cache.bytes <= most * v32_kv_bytes(context)
+        assert (
+            cache.total_bytes == sum(t.numel() * t.element_size() for m in cache.layers for t in planes(m)) + 4 * 8192
+        )
+        assert cache.total_bytes <= most * v32_kv_bytes(context)
         if packed:
-            assert cache.bytes >= kv_bytes(config, context)
+            assert cache.total_bytes >= kv_bytes(config, context)
     with pytest.raises(ContextError, match="more than this cache"):
         DeviceCache(config, 1, 8, 1024, "meta").bind(0, list(range(9)))

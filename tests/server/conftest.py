@@ -13,8 +13,8 @@ import pytest
 from fathom.config import WEIGHTS
 from fathom.encoding.codec import Codec
 from fathom.encoding.desk import Desk
-from fathom.engine.engine import Memory
 from fathom.engine.llm import LLM
+from fathom.engine.memory import Memory
 from fathom.engine.stub import ScriptedEngine
 from fathom.server.settings import ServerSettings
 from tests.server.harness import MODEL, Site, serving

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -231,3 +232,13 @@ def test_the_description_names_every_endpoint(site: Site) -> None:
     wanted = ("chat/completions", "completions", "responses", "messages", "messages/count_tokens", "models")
     assert {f"/v1/{name}" for name in wanted} <= set(paths)
     assert all("requestBody" in way for path in paths.values() for name, way in path.items() if name == "post")
+
+
+def test_turns_that_are_not_written_are_told(embedded: Codec, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    served = desk(embedded, replay=ReplayStore(tmp_path / "file" / "replay"))
+    with serving(ScriptedEngine([[]]), embedded, served, ServerSettings()) as site:
+        site.script("Let me see.</think>Hello!")
+        assert site.chat().status_code == 200
+        for path in ("/ready", "/status"):
+            assert "kept in memory only" in site.raw.get(path).json()["notes"][0]

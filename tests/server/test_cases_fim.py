@@ -42,6 +42,14 @@ def test_echo_and_length(site: Site) -> None:
     assert answer["usage"]["completion_tokens"] == 3
 
 
+def test_sampling_reaches_the_engine(site: Site) -> None:
+    site.script("one")
+    asked = {"prompt": "a", "temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 7}
+    assert site.raw.post("/completions", json={"model": MODEL, **asked}).status_code == 200
+    params = site.relay.inner.requests[-1].params
+    assert (params.temperature, params.top_p, params.top_k, params.seed) == (0.5, 0.9, 3, 7)
+
+
 def test_control_tokens_neither_come_in_nor_go_out(site: Site) -> None:
     site.script("a<｜fim▁hole｜>b</think>c｜DSML｜d")
     answer = site.raw.post(
@@ -53,7 +61,17 @@ def test_control_tokens_neither_come_in_nor_go_out(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"prompt": 7}, {"prompt": None}, {"suffix": 7}, {"max_tokens": 0}, {"model": "foo"}]
+    "fields",
+    [
+        {"prompt": 7},
+        {"prompt": None},
+        {"suffix": 7},
+        {"max_tokens": 0},
+        {"model": "foo"},
+        {"stream": "no"},
+        {"echo": 1},
+        {"top_k": "x"},
+    ],
 )
 def test_wrong_fields(site: Site, fields: dict[str, object]) -> None:
     answer = site.raw.post("/completions", json={"model": MODEL, "prompt": "a"} | fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel
@@ -44,6 +44,25 @@ def test_case_61_a_schema_and_parse(real: Site) -> None:
         model=MODEL, messages=[user("What is 12 + 34?")], response_format=Verdict, temperature=0, max_tokens=300
     )
     assert isinstance(answer.choices[0].message.parsed, Verdict)
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_messages_parse(real: Site, thinking: bool) -> None:
+    """By the client, which sends `output_config.format`."""
+    answer = real.anthropic().messages.parse(
+        model=MODEL,
+        messages=[user("What is 12 + 34?")],
+        output_format=Verdict,
+        max_tokens=300,
+        thinking={"type": "adaptive" if thinking else "disabled"},
+    )
+    assert isinstance(answer.parsed_output, Verdict)
+
+
+@pytest.mark.parametrize("form", [7, {"type": "poem"}, {"type": "json_schema"}, {"type": "json_schema", "schema": 7}])
+def test_a_format_of_messages_that_is_none(site: Site, form: Any) -> None:
+    refused = site.messages(output_config={"format": form})
+    assert refused.status_code == 400 and "output_config.format" in refused.json()["error"]["message"]
 
 
 def test_case_62_an_answer_goes_on(site: Site) -> None:

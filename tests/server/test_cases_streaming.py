@@ -259,6 +259,36 @@ def test_case_43_log_probabilities(real: Site, stream: bool) -> None:
     check_logprobs(reasoning, message["reasoning_content"])
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_log_probabilities_of_responses(real: Site, stream: bool) -> None:
+    """By the client: those of the answer's text, each piece its own; reasoning has no place for them."""
+    asked: Any = {"model": MODEL, "input": "What is 12 + 34?", "top_logprobs": 5, "temperature": 0}
+    if stream:
+        with real.openai().responses.stream(**asked) as events:
+            pieces = [e for e in events if e.type == "response.output_text.delta"]
+            whole = events.get_final_response()
+        assert len(pieces) > 1
+        listed = [log for piece in pieces for log in piece.logprobs]
+        assert [log.token for log in listed] == [log.token for log in whole.output[-1].content[0].logprobs]
+    else:
+        whole = real.openai().responses.create(**asked)
+    text = whole.output[-1].content[0]
+    assert text.text
+    check_logprobs([log.model_dump() for log in text.logprobs], text.text)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_log_probabilities_of_completions(real: Site, stream: bool) -> None:
+    asked: Any = {"model": MODEL, "prompt": "12 + 34 =", "logprobs": 3, "temperature": 0, "max_tokens": 20}
+    answer = real.openai().completions.create(**asked, stream=stream)
+    choices = [c.choices[0] for c in (answer if stream else [answer])]
+    logs = [c.logprobs for c in choices if c.logprobs]
+    assert len(logs) > 1 or not stream
+    assert "".join(t for log in logs for t in log.tokens) == "".join(c.text for c in choices) != ""
+    assert all(len(top) <= 3 for log in logs for top in log.top_logprobs)
+    assert all(p <= 0 for log in logs for p in log.token_logprobs)
+
+
 def test_case_43_no_log_probabilities_unless_asked(real: Site) -> None:
     assert real.chat("Hi", max_tokens=5).json()["choices"][0]["logprobs"] is None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from decimal import Decimal
 from hashlib import sha256
@@ -99,10 +101,84 @@ def test_tokens_a_minute_come_back_after_a_minute(database: sa.Engine) -> None:
     gate.admit(key)
 
 
+def test_the_wait_is_as_long_as_it_must_be(database: sa.Engine) -> None:
+    """A small request, then a large one: when the small one is a minute old, the large one still fills the limit."""
+    clock = Clock()
+    gate = Gate(lambda _: Decimal(0), clock)
+    key = make(database, tokens_per_minute=100)
+    for tokens in (10, 200):
+        with gate.admit(key) as use:
+            use.charge(Decimal(0), tokens)
+        clock.now += 30
+    for wait in (30, 29):
+        with pytest.raises(RequestError) as refused:
+            gate.admit(key)
+        assert refused.value.retry_after == wait
+        clock.now += 1
+    clock.now += 28
+    gate.admit(key)
+
+
+def test_tokens_count_in_the_minute_in_which_they_come(database: sa.Engine) -> None:
+    """An answer of two hours, 50 tokens a minute: it fills no minute of 100, neither while it runs nor at its end."""
+    clock = Clock()
+    gate = Gate(lambda _: Decimal(0), clock)
+    key = make(database, tokens_per_minute=100)
+    with gate.admit(key) as long:
+        for second in range(7200):
+            clock.now += 1
+            long.charge(Decimal(0), second * 50 // 60)
+            if second % 600 == 0:
+                with gate.admit(key):
+                    pass
+    gate.admit(key)
+    with gate.admit(key) as burst, pytest.raises(RequestError) as refused:
+        burst.charge(Decimal(0), 100)
+        gate.admit(key)
+    assert refused.value.status == 429 and refused.value.retry_after == 60
+
+
 @pytest.mark.parametrize("name", ["concurrency", "tokens_per_minute", "budget"])
-def test_limits_must_be_positive(name: str) -> None:
-    with pytest.raises(ConfigError, match="must be above 0"):
-        Limits(**{name: 0})  # type: ignore[arg-type]
+@pytest.mark.parametrize("value", ["0", "-1", "1e30", "NaN", "-Infinity", "Infinity", "1e-400"])
+def test_limits_out_of_range(name: str, value: str) -> None:
+    if name != "budget" and not Decimal(value).is_finite():
+        return
+    number = Decimal(value) if name == "budget" else int(Decimal(value))
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .* is out of range"):
+        Limits(**{name: number})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["", "  ", "two\nlines", "\x1b[2J", "x" * 101])
+def test_a_name_is_one_line_of_text(database: sa.Engine, name: str) -> None:
+    with pytest.raises(ConfigError, match="is no name"):
+        Keyring(database).create(name, Limits())
+
+
+def test_a_watching_ring_never_waits_for_the_database(database: sa.Engine) -> None:
+    """A database that hangs: keys that are known open, at once; when it answers again, a new key is found."""
+    frozen, thawed = threading.Event(), threading.Event()
+    ring = Keyring(database)
+    _, known = ring.create("ann", Limits())
+    ring.watch()
+
+    def hang(*_: object) -> None:
+        if threading.current_thread().name == "fathom-keys":
+            frozen.set()
+            thawed.wait(20)
+
+    sa.event.listen(database, "before_cursor_execute", hang)
+    assert frozen.wait(5)
+    _, later = Keyring(database).create("bob", Limits())
+    begun = time.monotonic()
+    assert ring.find(known).name == "ann" and len(ring) == 1 and time.monotonic() - begun < 0.5
+    with pytest.raises(RequestError):
+        ring.find(later)
+    thawed.set()
+    end = time.monotonic() + 10
+    while len(ring) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    assert ring.find(later).name == "bob"
+    ring.close()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,3 +192,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(["keys", "revoke", id, *flags]) == 0 and run(["keys", "revoke", id, *flags]) == 2
     assert f"no valid key has the id '{id}'" in capsys.readouterr().err
     assert run(["keys", "create", "--name", "bob", "--budget", "much", *flags]) == 2
+    assert run(["keys", "create", "--name", "a|b", *flags]) == 0
+    capsys.readouterr()
+    assert run(["keys", "list", *flags]) == 0 and "| a\\|b |" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +20,9 @@ import pytest
 import sqlalchemy as sa
 
 from fathom.errors import ConfigError
-from fathom.server.database import open_database, requests
+from fathom.server import metering
+from fathom.server.database import open_database, place, requests, sqlite_file
+from fathom.server.keys import Keyring, Limits
 from fathom.server.metering import Meter, Row, read_rows
 from fathom.server.prices import PriceBook, Tokens
 from tests.server.postgres import postgres
@@ -159,6 +162,59 @@ def test_a_damaged_journal_gives_its_whole_lines(tmp_path: Path, database: sa.En
         assert [r.id for r in read_rows(again)] == [row(n).id for n in [*range(whole), 9]]
 
 
+def test_a_journal_stays_short_while_something_always_waits(
+    tmp_path: Path, database: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bookings come faster than a slow database takes them in: serving never stops for it, and no row is lost."""
+    begin = database.begin
+
+    def slow() -> object:
+        time.sleep(0.02)
+        return begin()
+
+    monkeypatch.setattr(database, "begin", slow)
+    meter, least = Meter(database, tmp_path / "journal", limit=60_000), 10
+    for n in range(1500):
+        meter.book(row(n))
+        least = min(least, meter.waiting) if n else least
+        assert not meter.full
+        time.sleep(0.001)
+    assert least > 0
+    kept = tmp_path / "kept"
+    kept.write_bytes((tmp_path / "journal").read_bytes())
+    rest = Meter(open_database(f"sqlite:///{tmp_path}/other.db"), kept)
+    rest.close()
+    meter.close()
+    assert list(read_rows(database)) == [row(n) for n in range(1500)]
+    assert rest.totals["k1"].requests < 300
+
+
+def test_a_database_that_hangs_is_said(tmp_path: Path, database: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metering, "_SILENCE", 0.1)
+    thawed = threading.Event()
+    sa.event.listen(database, "before_cursor_execute", lambda *_: thawed.wait(20))
+    thawed.set()
+    meter = Meter(database, tmp_path / "journal")
+    thawed.clear()
+    meter.book(row(1))
+    _until(lambda: meter.trouble is not None)
+    assert str(meter.trouble).startswith("the database has not answered for ") and not meter.full
+    thawed.set()
+    _until(lambda: meter.waiting == 0 and meter.trouble is None)
+    meter.close()
+
+
+def test_what_kind_of_database_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sqlite_file("sqlite:///~/a/b.db") == tmp_path / "a" / "b.db"
+    open_database("sqlite:///~/a/b.db").dispose()
+    assert (tmp_path / "a" / "b.db").exists() and sqlite_file("sqlite://") is None
+    assert place("postgresql://me:old@host/name") == place("postgres://me:new@host/name?connect_timeout=3")
+    with pytest.raises(ConfigError, match="neither sqlite:///FILE nor postgresql://") as refused:
+        open_database("mysql://me:secret@host/name")
+    assert "secret" not in str(refused.value)
+
+
 def test_two_servers_cannot_share_a_journal(tmp_path: Path, database: sa.Engine) -> None:
     meter = Meter(database, tmp_path / "journal")
     with pytest.raises(ConfigError, match="another server keeps its ledger there"):
@@ -220,6 +276,33 @@ def test_kills_lose_and_double_nothing(tmp_path: Path) -> None:
 @pytest.mark.external
 def test_fifty_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     kill_and_count(tmp_path, 50)
+
+
+@pytest.mark.external
+def test_a_postgresql_that_freezes_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes are stopped: connections stay open and nothing answers any more."""
+    monkeypatch.setattr(metering, "_SILENCE", 1.0)
+    with postgres() as server:
+        database = open_database(server.url)
+        meter, ring = Meter(database, tmp_path / "journal"), Keyring(database)
+        _, secret = ring.create("ann", Limits())
+        ring.watch()
+        meter.book(row(1))
+        _until(lambda: meter.waiting == 0)
+        with server.frozen():
+            longest, end, n = 0.0, time.monotonic() + 4, 2
+            while time.monotonic() < end:
+                begun = time.monotonic()
+                assert ring.find(secret).name == "ann"
+                meter.book(row(n))
+                longest, n = max(longest, time.monotonic() - begun), n + 1
+                time.sleep(0.05)
+            assert longest < 0.5 and "has not answered" in str(meter.trouble) and meter.waiting == n - 2
+        _until(lambda: meter.waiting == 0)
+        ring.close()
+        meter.close()
+        assert list(read_rows(database)) == [row(k) for k in range(1, n)]
+        database.dispose()
 
 
 @pytest.mark.external

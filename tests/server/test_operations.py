@@ -215,9 +215,11 @@ def test_a_full_disk_under_database_and_journal_does_not_stop_serving(
     monkeypatch.setattr(metering.os, "write", write)
     sa.event.listen(house.database, "connect", lambda raw, _: raw.execute("PRAGMA max_page_count = 1073741823"))
     house.database.dispose()
-    assert house.chat().status_code == 200
     assert eventually(lambda: house.books.meter.waiting == 0, 20)
+    assert house.site.raw.get("/ready").json()["ledger"] == {"waiting": 0, "trouble": None}
+    assert house.chat().status_code == 200
     assert len(house.rows()) == 6 and house.site.raw.get("/ready").json()["ledger"]["trouble"] is None
+    assert "fathom_ledger_waiting_rows 0.0" in house.site.raw.get("/metrics").text
 
 
 def test_what_waits_in_memory_has_a_bound_too(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +237,17 @@ def test_what_waits_in_memory_has_a_bound_too(house: House, monkeypatch: pytest.
         connection.execute(sa.text("ALTER TABLE elsewhere RENAME TO requests"))
     assert eventually(lambda: house.chat().status_code == 200, 20)
     assert len(house.rows()) == 4
+
+
+def test_keys_that_are_known_are_served_and_shown_while_the_database_is_away(house: House) -> None:
+    assert house.chat().status_code == 200 and len(house.rows()) == 1
+    with house.database.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE keys RENAME TO elsewhere"))
+    house.books.keyring._read_at = float("-inf")
+    assert house.chat().status_code == 200
+    shown = house.site.raw.get("/status", headers=house.headers())
+    assert shown.status_code == 200
+    assert [(row["key"].split()[0], row["requests"]) for row in shown.json()["ledger"]] == [("ann", 2)]
 
 
 # --- a clock that jumps

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
 from threading import Thread
@@ -15,8 +17,9 @@ import httpx
 import pytest
 
 from fathom.encoding.codec import Codec
-from fathom.engine.engine import Memory
 from fathom.engine.llm import LLM
+from fathom.engine.memory import Memory
+from fathom.engine.stub import ScriptedEngine
 from fathom.server.books import Books
 from fathom.server.database import open_database
 from fathom.server.keys import Keyring, Limits
@@ -132,8 +135,57 @@ def test_stop_edit_retry_and_effort(page: Any, site: Site) -> None:
     site.script("</think>again")
     last(page).locator("button", has_text="Retry").click()
     last(page).get_by_text("again").wait_for()
+    both = page.locator("#total-cost").inner_text()
+    assert both.startswith("over $0.0"), "what came before the stop was billed, too"
     page.locator("button", has_text="Edit").first.click()
     assert page.input_value("#input") == "Talk" and page.locator("#turns > li").count() == 0
+    assert page.locator("#total-cost").inner_text() == both
+    page.locator("#new").click()
+    figures = ("#total-cost", "#turn-cost", "#hit-text", "#speed", "#context-text")
+    shown = [page.locator(name).inner_text() for name in figures]
+    assert shown[:4] == ["–"] * 4 and shown[4].startswith("0 of ")
+
+
+def test_the_last_question_comes_back_with_the_arrow_key(page: Any, site: Site) -> None:
+    site.script("</think>first", "</think>second")
+    for n, text in enumerate(("One", "Two"), 1):
+        ask(page, text)
+        answered(page, n)
+    page.keyboard.press("ArrowUp")
+    assert page.input_value("#input") == "Two" and page.locator("#turns > li").count() == 2
+
+
+def test_an_answer_that_failed_or_was_stopped_in_its_thoughts_is_no_part_of_what_follows(page: Any, site: Site) -> None:
+    site.script("ok", context=4)
+    ask(page, "too long for four tokens")
+    last(page).get_by_text("the context holds 4").wait_for()
+    site.script("thought " * 400, delay=0.02)
+    ask(page, "Second.")
+    last(page).locator(".thinking div", has_text="thought thought").wait_for(state="attached")
+    page.keyboard.press("Escape")
+    last(page).get_by_text("Stopped.").wait_for()
+    site.script("</think>fine")
+    ask(page, "Third.")
+    last(page).get_by_text("fine").wait_for()
+    assert "too long for four tokens\n\nSecond.\n\nThird." in site.prompt_text()
+
+
+def test_a_price_is_that_of_the_moment(browser: Any, embedded: Codec) -> None:
+    """The page stays open over the beginning of a peak, when prices double."""
+    engine, costs = ScriptedEngine([[]]), []
+    books = Books(Metrics(engine.status), PriceBook.load(), MODEL)
+    with (
+        serving(engine, embedded, desk(embedded), ServerSettings(), books=books) as site,
+        opened(browser, site, "wide") as page,
+    ):
+        for at in (datetime(2026, 9, 14, 0, 59, tzinfo=UTC), datetime(2026, 9, 14, 1, tzinfo=UTC)):
+            books.clock = lambda at=at: at
+            site.script("</think>Hello!")
+            page.locator("#new").click()
+            ask(page, "hello")
+            answered(page, 1)
+            costs.append(float(page.locator("#turn-cost").inner_text().strip("$")))
+    assert costs[1] == pytest.approx(2 * costs[0], rel=0.03)
 
 
 def test_a_tool_is_called_and_its_result_given(page: Any, site: Site) -> None:
@@ -152,6 +204,21 @@ def test_a_tool_is_called_and_its_result_given(page: Any, site: Site) -> None:
     page.keyboard.press("Enter")
     last(page).get_by_text("18 degrees.").wait_for()
     assert "Be brief." in site.prompt_text() and "<tool_result>18C</tool_result>" in site.prompt_text()
+
+
+def test_the_conversation_goes_on_without_the_result_of_a_tool(page: Any, site: Site) -> None:
+    call = block(invoke("get_weather", ("city", "true", "Paris")), invoke("get_weather", ("city", "true", "Rome")))
+    site.script("Hm.</think>Let me look." + call, "</think>Then not.")
+    page.locator("#settings summary").click()
+    page.fill("#tools", '[{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]')
+    page.locator("#settings summary").click()
+    ask(page, "Weather?")
+    page.get_by_label("Result of get_weather").first.fill("18C")
+    page.keyboard.press("Enter")
+    ask(page, "Never mind.")
+    last(page).get_by_text("Then not.").wait_for()
+    assert page.locator(".call form").count() == 0
+    assert "18C" in site.prompt_text() and "Never mind." in site.prompt_text()
 
 
 def test_a_refusal_is_shown_in_words(page: Any, site: Site) -> None:
@@ -191,7 +258,7 @@ def test_a_conversation_is_counted(page: Any, site: Site) -> None:
     assert 10 < int(page.locator("#speed").inner_text().split()[0]) <= 100
     last(page).locator("summary").click()
     page.locator("#input").focus()
-    last(page).locator(".foot").scroll_into_view_if_needed()
+    page.locator("#chat").evaluate("view => { view.scrollTop = view.scrollHeight; }")
     shot(page, "chat")
 
 
@@ -204,6 +271,27 @@ def test_the_second_view_by_keyboard(page: Any, site: Site) -> None:
     page.locator("#now dd").first.wait_for()
     assert page.locator("#tab-load").get_attribute("aria-selected") == "true"
     assert page.locator("#now dd").nth(2).inner_text().isdigit() and page.locator("#history polyline").count() == 2
+
+
+def test_axe_finds_nothing_that_a_screen_reader_would_stumble_over(page: Any, site: Site) -> None:
+    """Both views by the rules of axe-core: names, roles, landmarks, contrast, reach by keyboard."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+
+    def broken() -> list[str]:
+        found = axe.run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        return [f"{rule['id']}: {node['html']}" for rule in found for node in rule["nodes"]]
+
+    assert broken() == []
+    site.script(f"Hm.</think>**Look**:\n```\n{'x' * 200}\n```" + block(invoke("get_weather", ("city", "true", "Rome"))))
+    page.locator("#settings summary").click()
+    page.fill("#tools", '[{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]')
+    ask(page, "Weather?")
+    page.get_by_label("Result of get_weather").wait_for()
+    last(page).locator("summary").click()
+    assert broken() == []
+    page.locator("#tab-load").click()
+    page.locator("#now dd").first.wait_for()
+    assert broken() == []
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +336,8 @@ def test_the_second_view_of_a_server_with_keys(browser: Any, house: tuple[Site, 
         for thread in busy:
             thread.start()
             page.wait_for_timeout(1000)
+        page.locator("#now dd").first.filter(has_text=re.compile("[1-9]")).wait_for()
+        shot(page, "load")
         for thread in busy:
             while thread.is_alive():
                 page.wait_for_timeout(100)
@@ -259,4 +349,3 @@ def test_the_second_view_of_a_server_with_keys(browser: Any, house: tuple[Site, 
         given = [text.split()[0] for text in page.locator(".tier span:last-child").all_inner_texts()]
         assert given == [f"{n:,}" for n in status["restored"].values()]
         assert sum(status["restored"].values()) == status["ledger"][0]["hit"] > 0
-        shot(page, "load")

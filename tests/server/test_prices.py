@@ -87,6 +87,13 @@ def test_every_row_that_is_not_certain_says_so() -> None:
         ("m,2026-01-01T00:00,,1,2,3,,,", 2, "no time zone"),
         ("m,2026-01-01T00:00Z,,1,2,3,2,at noon,", 2, "peak hours 'at noon'"),
         ("m,2026-01-01T00:00Z,,1,2,3,2,Mon-Fri 04:00-01:00,", 2, "ends before it begins"),
+        ("m,2026-01-01T00:00Z,,1,2,3,2,Mon-Fri 22:00-24:30,", 2, "no time of a day"),
+        ("m,2026-01-01T00:00Z,,1,2,3,2,Mon-Fri 01:60-02:00,", 2, "no time of a day"),
+        ("m,2026-01-01T00:00Z,,1,2,3,1000,Mon-Fri 01:00-02:00,", 2, "too large: below 100"),
+        ("m,2026-01-01T00:00Z,,1,2,1e999999999,,,", 2, "too large: below 1000000"),
+        ("m,2026-01-01T00:00Z,,1,2,0.1234567890123,,,", 2, "too fine"),
+        ("m,0001-01-01T00:00+05:00,,1,2,3,,,", 2, "before the first"),
+        ('m,2026-01-01T00:00Z,,1,2,3,,,"one\nand two"', 2, "one line of CSV"),
         ("m,2026-01-01T00:00Z,,1,2", 2, "5 columns where 9 are wanted"),
         (",2026-01-01T00:00Z,,1,2,3,,,", 2, "no name"),
     ],
@@ -96,6 +103,24 @@ def test_a_broken_list_is_refused_with_its_line(tmp_path: Path, rows: str, line:
     path.write_text(HEADER + rows + "\n")
     with pytest.raises(ConfigError, match=f"mine.csv, line {line}: .*{words}"):
         PriceBook.load([path])
+
+
+def test_peaks_over_a_weekend_and_to_midnight(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("\ufeff" + HEADER + "m,2026-01-01T00:00Z,,1,2,3,2.5,Fri-Mon 22:00-24:00,\n", encoding="utf-8")
+    book, used = PriceBook.load([path]), Tokens(1, 10, 100)
+    for hour in range(24 * 14):
+        at = datetime(2026, 9, 14, 0, 59, 59, 999_999, tzinfo=UTC) + timedelta(hours=hour)
+        double = at.strftime("%a") in ("Fri", "Sat", "Sun", "Mon") and at.hour >= 22
+        assert Fraction(book.amount("m", used, at)) == Fraction(321, 10**6) * (Fraction(5, 2) if double else 1)
+
+
+def test_no_price_that_a_list_may_have_is_ever_rounded(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    price, factor, tokens = "987654.123456789", "99.99", 9_999_999
+    path.write_text(f"{HEADER}m,2026-01-01T00:00Z,,{price},{price},{price},{factor},Mon-Sun 00:00-24:00,\n")
+    amount = PriceBook.load([path]).amount("m", Tokens(0, 0, tokens), LAUNCH)
+    assert Fraction(amount) == Fraction(price) * Fraction(factor) * tokens / 10**6
 
 
 def test_a_model_or_a_time_without_a_price_is_named() -> None:

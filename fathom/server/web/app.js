@@ -14,8 +14,9 @@ const dollars = (x) => (x === 0 ? "$0" : x >= 0.01 ? `$${x.toFixed(2)}` : `$${x.
 
 let messages = []; // as sent to the server; the index of a message is the index of its list item
 let running = null; // the AbortController of the answer under way
-let server = { model: "", context: 1, price: null };
-const spent = []; // USD by message
+let server = { model: "", context: Infinity, price: null };
+const figures = new WeakMap(); // the finished Answer of a message, if its usage is known
+let bill = { total: 0, partly: false }; // USD since "New", retried answers included; whether some of it is not known
 
 // ---- the server
 
@@ -41,16 +42,20 @@ const complaint = (body, status) => body?.error?.message || `The server answered
 
 async function ask(body, signal) {
   const response = await fetch("v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
+  if (response.status === 401) $("settings").open = true;
   if (!response.ok) throw new Error(complaint(await response.json().catch(() => null), response.status));
   return events(response);
 }
+
+/** What the next answer goes on from: an answer of which nothing came was none. */
+const said = () => messages.filter((m) => m.role !== "assistant" || m.content || m.tool_calls);
 
 function request() {
   const system = $("system").value.trim();
   const effort = document.querySelector("input[name=effort]:checked").value;
   const body = {
     model: server.model, stream: true, stream_options: { include_usage: true },
-    messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
+    messages: [...(system ? [{ role: "system", content: system }] : []), ...said()],
     thinking: { type: effort === "none" ? "disabled" : "enabled" },
   };
   if (effort !== "none") body.reasoning_effort = effort;
@@ -75,6 +80,7 @@ class Answer {
     this.item.append(this.thinking, this.text, this.calls, this.foot);
     this.begun = performance.now();
     this.first = null;
+    this.bill = bill;
   }
 
   take(chunk) {
@@ -121,13 +127,14 @@ class Answer {
   end(problem) {
     this.endThinking();
     this.text.classList.remove("waiting");
-    const seconds = (performance.now() - (this.first ?? this.begun)) / 1000;
+    const seconds = (this.ended - (this.first ?? this.begun)) / 1000;
     this.foot.append(...this.remarks(problem, seconds));
     if (problem) this.foot.classList.add("error");
     const retry = element("button", "", "Retry");
     retry.addEventListener("click", () => again(messages.indexOf(this.message)));
     this.foot.append(retry);
     if (!this.message.reasoning_content) delete this.message.reasoning_content;
+    if (problem) delete this.message.tool_calls; // may be cut short: shown, but neither answered nor sent back
     $("announce").textContent = problem || this.message.content || "The model calls a tool.";
   }
 
@@ -170,15 +177,14 @@ function userItem(message) {
 
 function cut(index) {
   running?.abort();
-  messages.length = spent.length = index;
+  messages.length = index;
   while ($("turns").children.length > index) $("turns").lastChild.remove();
   $("empty").hidden = index > 0;
-  showCosts();
+  showFigures();
 }
 
 function add(message, item) {
   messages.push(message);
-  spent.push(0);
   $("turns").append(item);
   $("empty").hidden = true;
 }
@@ -189,7 +195,10 @@ async function answer() {
   running = new AbortController();
   const mine = running;
   busy(true);
+  const asked = load.read(); // the prices of this moment
   try {
+    asked.catch(() => null);
+    if (!server.model) await asked;
     const body = request();
     add(made.message, made.item);
     follow(true);
@@ -201,11 +210,14 @@ async function answer() {
     problem = error.name === "AbortError" ? "Stopped." : error.message;
     if (!made.item.isConnected && error.name !== "AbortError") add(made.message, made.item);
   }
+  made.ended = performance.now();
+  await asked.catch(() => null);
   if (running === mine) running = null;
   busy(running !== null);
+  account(made);
   if (!messages.includes(made.message)) return;
   made.end(problem);
-  account(made);
+  showFigures();
   for (const [n, call] of (made.message.tool_calls || []).entries()) offer(made, call, made.calls.children[n]);
   follow();
 }
@@ -220,9 +232,11 @@ function offer(made, call, box) {
   form.append(field, element("button", "", "Give"));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
+    if (running) return;
     form.remove();
     box.append(element("pre", "", field.value));
-    const item = element("li", "hidden", "");
+    const item = element("li");
+    item.hidden = true;
     add({ role: "tool", tool_call_id: call.id, content: field.value }, item);
     const given = messages.filter((m) => made.message.tool_calls.some((c) => c.id === m.tool_call_id));
     if (given.length === made.message.tool_calls.length) answer();
@@ -237,22 +251,32 @@ function again(index) {
 
 // ---- figures
 
-function account({ message, usage, speed }) {
-  if (!usage) return;
-  const { prompt_cache_hit_tokens: hit = 0, prompt_cache_miss_tokens: miss = usage.prompt_tokens, total_tokens: total } = usage;
+/** Adds an answer to what was spent. One that was stopped costs what had come, of which only the ledger knows. */
+function account(made) {
+  const { usage } = made;
+  if (!usage) {
+    made.bill.partly ||= made.first !== null;
+    return;
+  }
+  const { prompt_cache_hit_tokens: hit = 0, prompt_cache_miss_tokens: miss = usage.prompt_tokens, completion_tokens: out } = usage;
   const price = server.price;
-  if (price) spent[messages.indexOf(message)] = (hit * price.hit + miss * price.miss + usage.completion_tokens * price.output) / 1e6;
-  $("context-meter").value = total / server.context;
-  $("context-text").textContent = `${total.toLocaleString("en")} of ${server.context.toLocaleString("en")}`;
-  $("hit-meter").value = hit / usage.prompt_tokens;
-  $("hit-text").textContent = `${hit.toLocaleString("en")} of ${usage.prompt_tokens.toLocaleString("en")}`;
-  $("speed").textContent = speed ? `${speed.toFixed(0)} tokens/s` : "–";
-  showCosts();
+  if (price) made.cost = (hit * price.hit + miss * price.miss + out * price.output) / 1e6;
+  made.bill.total += made.cost ?? 0;
+  figures.set(made.message, made);
 }
 
-function showCosts() {
-  $("turn-cost").textContent = server.price && spent.length ? dollars(spent.at(-1)) : "–";
-  $("total-cost").textContent = server.price && spent.length ? dollars(spent.reduce((a, b) => a + b, 0)) : "–";
+/** Of the last answer in view that was counted. */
+function showFigures() {
+  const { usage, cost, speed } = figures.get(messages.findLast((m) => figures.has(m))) ?? {};
+  const used = usage?.total_tokens ?? 0, hit = usage?.prompt_cache_hit_tokens ?? 0, prompt = usage?.prompt_tokens ?? 0;
+  $("context-meter").value = used / server.context;
+  $("context-text").textContent = `${used.toLocaleString("en")} of ${server.context.toLocaleString("en")}`;
+  $("hit-meter").value = prompt ? hit / prompt : 0;
+  $("hit-text").textContent = prompt ? `${hit.toLocaleString("en")} of ${prompt.toLocaleString("en")}` : "–";
+  $("speed").textContent = speed ? `${speed.toFixed(0)} tokens/s` : "–";
+  $("turn-cost").textContent = cost === undefined ? "–" : dollars(cost);
+  const { total, partly } = bill;
+  $("total-cost").textContent = server.price && (total || partly) ? `${partly ? "over " : ""}${dollars(total)}` : "–";
 }
 
 // ---- controls
@@ -277,6 +301,7 @@ function send(event) {
   event?.preventDefault();
   const text = $("input").value.trim();
   if (!text || running) return;
+  for (const form of document.querySelectorAll(".call form")) form.remove(); // the model goes on without these results
   const message = { role: "user", content: text };
   add(message, userItem(message));
   $("input").value = "";
@@ -291,7 +316,7 @@ function show(view) {
     $(`tab-${name}`).setAttribute("aria-selected", chosen);
     $(`tab-${name}`).tabIndex = chosen ? 0 : -1;
   }
-  document.querySelector("footer").hidden = view !== "chat";
+  for (const only of ["footer", ".skip"]) document.querySelector(only).hidden = view !== "chat";
   load.watch(view === "load");
 }
 
@@ -303,16 +328,16 @@ function theme(next) {
 const load = new Load(headers, (status) => {
   server = { model: status.model, context: status.context, price: status.price };
   $("model").textContent = status.model;
-  $("context-text").textContent ||= `0 of ${status.context.toLocaleString("en")}`;
+  showFigures();
 });
 
 $("form").addEventListener("submit", send);
 $("stop").addEventListener("click", () => running?.abort());
-$("new").addEventListener("click", () => { cut(0); $("input").focus(); });
+$("new").addEventListener("click", () => { bill = { total: 0, partly: false }; cut(0); $("input").focus(); });
 $("input").addEventListener("input", grow);
 $("input").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
-  if (event.key === "ArrowUp" && !$("input").value && !running) document.querySelector(".user:nth-last-of-type(1 of .user) button")?.click();
+  if (event.key === "ArrowUp" && !$("input").value && !running) [...document.querySelectorAll(".user button")].at(-1)?.click();
 });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
 for (const name of ["chat", "load"]) {

@@ -24,12 +24,17 @@ export class Load {
     if (yes) this.refresh();
   }
 
+  async read() {
+    const response = await fetch("status", { headers: this.headers(), signal: AbortSignal.timeout(10_000) });
+    const status = await response.json();
+    if (!response.ok) throw new Error(status.error?.message || `status ${response.status}`);
+    this.known(status);
+    return status;
+  }
+
   async refresh() {
     try {
-      const response = await fetch("status", { headers: this.headers() });
-      const status = await response.json();
-      if (!response.ok) throw new Error(status.error?.message || `status ${response.status}`);
-      this.known(status);
+      const status = await this.read();
       this.show(status);
       $("load-note").textContent = status.notes.join(" · ");
     } catch (error) {

@@ -1,0 +1,107 @@
+"""A model over a cache of bytes, by the kernels' references on a CPU: against the contiguous cache, in any split."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fathom.checkpoint.synthetic import synthetic_model
+from fathom.config import WEIGHTS, ModelConfig
+from fathom.engine.device_cache import DeviceCache
+from fathom.engine.graphs import Steps
+from fathom.errors import ContextError
+from fathom.model.batch import Batch, Span
+from fathom.model.cache import ContiguousCache
+from fathom.model.layers import Numerics
+
+SMALL = ModelConfig.load(WEIGHTS / "small")
+CONFIG = replace(
+    SMALL,
+    num_hidden_layers=3,
+    num_hash_layers=3,  # by score, a last bit can choose other experts
+    compress_ratios=(0, 4, 128, 0)[: 3 + SMALL.num_nextn_predict_layers],
+    index_topk=16,
+    max_position_embeddings=2048,
+)
+NUMERICS = Numerics(torch.bfloat16, quantize=True)
+TOLERANCE = 0.15
+"""A last bit more or less is now and then another e4m3 value, in every layer."""
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return synthetic_model(CONFIG, NUMERICS, "cpu", seed=3)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def ids(seed: int, count: int) -> Tensor:
+    return torch.randint(3, 1000, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def opened(packed: bool = False, slots: int = 3) -> DeviceCache:
+    return DeviceCache(CONFIG, slots, 24, 1024, "cpu", packed)
+
+
+def read(model: torch.nn.Module, cache: DeviceCache, spans: list[tuple[Tensor, Span]]) -> Tensor:
+    batch = Batch.pieces([span for _, span in spans])
+    tokens = torch.cat([*(t[span.start : span.start + span.count] for t, span in spans)])
+    tokens = torch.cat((tokens, torch.zeros(len(batch.positions) - len(tokens), dtype=torch.long)))
+    return model(tokens, batch, cache)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("packed", [False, True])
+def test_prompts_and_steps_agree_with_the_contiguous_cache(model: torch.nn.Module, packed: bool) -> None:
+    rng, cache = random.Random(5), opened(packed)
+    other = ContiguousCache(CONFIG, NUMERICS, 3, 1024)
+    pages = rng.sample(range(24), 24)
+    for slot, n in enumerate((300, 129, 7)):
+        tokens = ids(slot, n + 6)
+        cache.bind(slot, pages[8 * slot : 8 * slot + 8])
+        for start in range(0, n, 128 if slot else 256):
+            count = min(n - start, 128 if slot else 256)
+            got = read(model, cache, [(tokens, Span(start, count, slot))])
+            want = model(tokens[start : start + count], Batch.step([Span(start, count, slot)]), other)
+            assert relative(got, want) < TOLERANCE
+        for p in range(n, n + 6):
+            got = Steps(model, cache).run([int(tokens[p])], [p], [slot])
+            want = model.logits(model(tokens[p : p + 1], Batch.step([Span(p, 1, slot)]), other))
+            assert relative(got, want) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_a_state_and_blocks_bring_a_sequence_back(model: torch.nn.Module) -> None:
+    tokens, cache = ids(9, 400), opened()
+    cache.bind(0, [5, 2, 9, 4])
+    read(model, cache, [(tokens, Span(0, 256, 0))])
+    assert cache.holds(0, 256) and not cache.holds(0, 0)
+    state, blocks = cache.state(0, 256), cache.blocks([5, 2])
+    assert len(state) == cache.state_bytes(256)
+    assert {len(block) for block in blocks} == {cache.block_bytes}
+    want = read(model, cache, [(tokens, Span(256, 128, 0))])
+    fresh = opened()
+    fresh.load_blocks([11, 0], blocks)
+    fresh.load_state(2, 256, state)
+    fresh.bind(2, [11, 0, 7, 8])
+    assert torch.equal(read(model, fresh, [(tokens, Span(256, 128, 2))]), want)
+    steps = [Steps(model, c).run([int(tokens[384])], [384], [s]) for c, s in ((cache, 0), (fresh, 2))]
+    assert torch.equal(*steps)
+
+
+@torch.inference_mode()
+def test_pages_that_are_missing_are_refused_before_anything_is_stored(model: torch.nn.Module) -> None:
+    cache = opened()
+    cache.bind(0, [3])
+    before = [plane.clone() for plane in cache._pages()]
+    with pytest.raises(ContextError, match="bind more pages"):
+        read(model, cache, [(ids(1, 200), Span(0, 200, 0))])
+    with pytest.raises(ContextError, match="bind more pages"):
+        Steps(model, cache).run([1], [128], [0])
+    assert all(torch.equal(a, b) for a, b in zip(before, cache._pages(), strict=True))

@@ -1,0 +1,134 @@
+"""The same answer on a GPU: a sequence's bits alone and in company, in any cut, on any pages, from any tier."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fathom.api import SamplingParams
+from fathom.checkpoint.synthetic import synthetic_model
+from fathom.config import WEIGHTS, ModelConfig
+from fathom.engine.device_cache import DeviceCache
+from fathom.engine.graphs import Graphs, Steps
+from fathom.engine.llm import LLM
+from fathom.engine.memory import Memory
+from fathom.model.batch import Batch, Span
+from fathom.model.layers import Numerics
+from fathom.model.moe import Experts
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+CONFIG = replace(ModelConfig.load(WEIGHTS / "small"), max_position_embeddings=8192)
+LONG, STEPS, SLOTS = 1500, 6, 32
+MOST = (LONG + STEPS) // 128 + 1
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    model = synthetic_model(CONFIG, Numerics(torch.bfloat16, quantize=True), "cuda", seed=3)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.place()
+    return model
+
+
+class Run:
+    """Sequences of a model over a cache whose pages lie in a random order."""
+
+    def __init__(self, model: torch.nn.Module, seed: int, lengths: dict[int, int], graphs: bool = False) -> None:
+        self.rng, self.lengths = random.Random(seed), lengths
+        self.model, self.cache = model, DeviceCache(CONFIG, SLOTS, SLOTS * MOST, MOST * 128, "cuda")
+        pages = self.rng.sample(range(SLOTS * MOST), SLOTS * MOST)
+        self.slots = dict(zip(lengths, self.rng.sample(range(SLOTS), len(lengths)), strict=True))
+        self.ids = {
+            n: torch.randint(3, 1200, (n + STEPS,), generator=torch.Generator().manual_seed(n)) for n in lengths
+        }
+        for slot in range(SLOTS):
+            self.cache.bind(slot, pages[MOST * slot : MOST * slot + MOST])
+        self.steps = Steps(model, self.cache)
+        if graphs:
+            self.steps = Graphs(model, self.cache, (1, 8, 32))
+            for size in self.steps.sizes:
+                self.steps.capture(size)
+
+    def prompts(self, whole: bool) -> dict[int, Tensor]:
+        """Read all, whole and one after the other, or in pieces and together; the streams at each one's end."""
+        at, out = dict.fromkeys(self.lengths, 0), {}
+        while left := [n for n in self.lengths if at[n] < n]:
+            some = left[:1] if whole else self.rng.sample(left, self.rng.randint(1, len(left)))
+            spans, tokens = [], []
+            for n in some:
+                end = n if whole else min(n, at[n] // 128 * 128 + 128 * self.rng.randint(1, 6))
+                spans.append(Span(at[n], end - at[n], self.slots[n]))
+                tokens.append(self.ids[n][at[n] : end])
+                at[n] = end
+            batch = Batch.pieces(spans, "cuda")
+            tokens.append(torch.zeros(len(batch.positions) - sum(map(len, tokens)), dtype=torch.long))
+            ends = self.model(torch.cat(tokens).cuda(), batch, self.cache)
+            out |= {n: row.clone() for n, row in zip(some, ends, strict=True)}
+        return out
+
+    def decode(self, together: int) -> dict[int, Tensor]:
+        """STEPS steps of all, at most so many at once: logits [STEPS, V] of each."""
+        out: dict[int, list[Tensor]] = {n: [] for n in self.lengths}
+        for i in range(STEPS):
+            order = self.rng.sample(list(self.lengths), len(self.lengths))
+            for first in range(0, len(order), together):
+                some = order[first : first + together]
+                tokens, positions = [int(self.ids[n][n + i]) for n in some], [n + i for n in some]
+                rows = self.steps.run(tokens, positions, [self.slots[n] for n in some])
+                for n, row in zip(some, rows, strict=True):
+                    out[n].append(row.clone())
+        return {n: torch.stack(rows) for n, rows in out.items()}
+
+
+@torch.inference_mode()
+def test_bits_of_prompts_and_steps(model: torch.nn.Module) -> None:
+    rng = random.Random(1)
+    lengths = {n: n for n in sorted({1, 5, 128, 129, 515, 1023, LONG, *(rng.randint(1, LONG) for _ in range(25))})}
+    first = Run(model, 1, lengths)
+    ends, steps = first.prompts(whole=True), first.decode(1)
+    compared = 0
+    for seed, together, graphs in ((2, 32, False), (3, 7, True), (4, 32, True), (5, 1, True)):
+        other = Run(model, seed, lengths, graphs)
+        again, more = other.prompts(whole=False), other.decode(together)
+        for n in lengths:
+            assert torch.equal(ends[n], again[n]), f"prompt of {n} tokens, {seed}"
+            assert torch.equal(steps[n], more[n]), f"steps after {n} tokens, {together} at once"
+            compared += 1 + STEPS
+    print(f"\n{compared} rows, all bit-identical")
+
+
+def answers(llm: LLM, prompts: list[list[int]], at_once: bool) -> list[list[tuple[int, float]]]:
+    params = SamplingParams(max_tokens=24, temperature=0.0, logprobs=1)
+    requests = [(ids, params) for ids in prompts]
+    runs = llm.generate_batch(requests) if at_once else [list(llm.generate(*request)) for request in requests]
+    return [[(e.token, e.logprob.logprob) for e in events if e.token is not None and e.logprob] for events in runs]
+
+
+def test_answers_from_every_tier(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    shared = [rng.randint(3, 1200) for _ in range(700)]
+    prompts = [
+        shared[: rng.randint(1, 700)] + [rng.randint(3, 1200) for _ in range(rng.randint(1, 300))] for _ in range(9)
+    ]
+    cold = LLM.load("small", device="cuda", max_context=4096, memory=Memory(host=0, slots=4, prefill=8192))
+    want = answers(cold, prompts, at_once=False)
+    cold.close()
+    page = cold.core.cache.page_bytes
+    slots = 12 * (cold.core.cache.slot_bytes + 128)
+    for seed in range(2):
+        memory = Memory(device=slots + 40 * page, slots=12, prefill=256, folder=tmp_path)
+        llm = LLM.load("small", device="cuda", max_context=4096, memory=memory)
+        order = random.Random(seed).sample(range(9), 9)
+        for at_once in (True, False):
+            got = answers(llm, [prompts[i] for i in order], at_once)
+            assert got == [want[i] for i in order]
+        restored = llm.core.prefix.restored
+        llm.close()
+        print(f"\nfrom tiers: {restored}")
+    assert restored["disk"] > 0, "the second engine began with the first one's files"

@@ -1,0 +1,16 @@
+"""What an installed package has besides its modules."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_file_that_is_no_module_is_installed() -> None:
+    """A wheel holds what the patterns name: what they forget is missing only on the user's machine."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fathom"]
+    named = {path for pattern in patterns for path in (ROOT / "fathom").glob(pattern)}
+    found = {p for p in (ROOT / "fathom").rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert found - named == set()
