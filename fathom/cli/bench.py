@@ -32,7 +32,9 @@ def bench(
     model: Annotated[
         str, typer.Option(help="A checkpoint's folder, or small; flash and pro for --synthetic.")
     ] = "small",
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of each prompt; 512 if absent, GPU: 4096.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens before; 512 if absent, GPU: 4096, prefill 32768.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences side by side; 1 if absent.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="CPU: tokens decoded in a run; 64 if absent.")] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Runs, of which the median counts; 5, GPU: 30.")] = None,
