@@ -1,6 +1,6 @@
 """Single kernels of DeepGEMM and FlashMLA beside ours on one GPU, at V4-Flash's sizes: microseconds a launch.
 
-    DG_JIT_USE_NVRTC=1 python benchmarks/peers/kernels_gpu.py [--only linear,attention,prompt] [--out FILE.json]
+    python benchmarks/peers/kernels_gpu.py [--only linear,attention,prompt] [--out FILE.json]
 
 Wheels that fit torch 2.11 and CUDA 13: `pip install --no-deps sgl-deep-gemm==0.1.5 apache-tvm-ffi` and
 `tokenspeed-flashmla==1.0.0.post20260615`. A figure is the median of eight replays of a CUDA graph that runs the op over
@@ -62,27 +62,27 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 8) -> float:
 
 def linear() -> Iterator[Row]:
     """FP8 linears in 128 x 128 blocks, the same weights on both sides; they must agree."""
-    import deep_gemm
-
     for name, n, k in LINEARS:
         count = max(2, int(ENOUGH / (n * k)))
         weights = [(torch.randn(n, k, device=GPU) * 60).clamp(-440, 440).to(torch.float8_e4m3fn) for _ in range(count)]
         scales = [torch.randint(118, 124, (n // 128, k // 128), device=GPU, dtype=torch.uint8) for _ in weights]
+        both = list(zip(weights, scales, strict=True))
+        parts = [Part(w, s.view(torch.float8_e8m0fnu), quantised=True) for w, s in both]
+        theirs = [(w, (s.int() << 23).view(torch.float32)) for w, s in both]
         for m in ROWS:
             x = torch.randn(m, k, device=GPU).bfloat16()
-            mine = [Part(w, s.view(torch.float8_e8m0fnu), quantised=True) for w, s in zip(weights, scales, strict=True)]
-            data, factors = _quantised(x)
-            outs = [torch.empty(m, n, device=GPU, dtype=torch.bfloat16) for _ in range(2)]
-            theirs = [(w, (s.int() << 23).view(torch.float32)) for w, s in zip(weights, scales, strict=True)]
-            calls = [partial(deep_gemm.fp8_gemm_nt, (data, factors), w, outs[i % 2]) for i, w in enumerate(theirs)]
-            calls[0]()
-            _agree(outs[0], linears(x, mine[:1])[0])
-            yield (
-                f"FP8 linear {name} {n}x{k}",
-                str(m),
-                graph_us([partial(linears, x, [p]) for p in mine]),
-                graph_us(calls),
-            )
+            mine = graph_us([partial(linears, x, [part]) for part in parts])
+            yield f"FP8 linear {name} {n}x{k}", str(m), mine, _try(partial(_gemm, x, theirs, linears(x, parts[:1])[0]))
+
+
+def _gemm(x: Tensor, weights: Sequence[tuple[Tensor, Tensor]], ours: Tensor) -> float:
+    import deep_gemm
+
+    rounded, out = _quantised(x), torch.empty_like(ours)
+    calls = [partial(deep_gemm.fp8_gemm_nt, rounded, weight, out) for weight in weights]
+    calls[0]()
+    _agree(out, ours)
+    return graph_us(calls)
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:

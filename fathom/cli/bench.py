@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,9 @@ def bench(
     model: Annotated[
         str, typer.Option(help="A checkpoint's folder, or small; flash and pro for --synthetic.")
     ] = "small",
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of each prompt; 512 if absent, GPU: 4096.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens before; 512 if absent, GPU: 4096, prefill 32768.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences side by side; 1 if absent.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="CPU: tokens decoded in a run; 64 if absent.")] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Runs, of which the median counts; 5, GPU: 30.")] = None,
@@ -108,12 +111,14 @@ def _measure_on_gpu(
         "model": model,
         "synthetic": synthetic,
         "device": device or "cuda",
-        "ranks": _ranks(chosen),
     }
+    asked |= _ranks(chosen)
     asked["ratios"] = _ratios(chosen.pop("ratios", None), "layers" in chosen)
     asked["keys"] = chosen.pop("index-keys", KEYS[0])
     asked["contexts"] = _contexts(mode, chosen)
     report = measure(DeviceJob(**asked, **chosen))
+    if os.environ.get("RANK", "0") != "0":
+        return
     print("\n".join(lines(report)))
     if as_json:
         print(json.dumps(report))
@@ -125,14 +130,15 @@ def _contexts(mode: str, chosen: dict[str, Any]) -> tuple[int, ...]:
     return PEER_CONTEXTS if "peer" in chosen else _CONTEXTS[mode]
 
 
-def _ranks(chosen: dict[str, Any]) -> int:
-    """Of how many ranks the model is one."""
+def _ranks(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Of how many ranks the model is one, and whether the others run as well."""
     tp, one = chosen.pop("tp", 1), chosen.pop("rank-of-two", False)
     if one and tp not in (1, 2):
         raise ConfigError(f"--rank-of-two measures one rank of two: leave out --tp {tp}")
-    if tp > 1 and not one:
-        raise ConfigError(f"--tp {tp} over several GPUs is not there yet: --rank-of-two measures one rank of two alone")
-    return 2 if one else 1
+    if tp > 1 and not one and os.environ.get("WORLD_SIZE") != str(tp):
+        start = f"torchrun --nproc-per-node {tp} -m fathom.cli.main bench ..."
+        raise ConfigError(f"--tp {tp} wants {tp} processes: start `{start}`, or measure one rank alone: --rank-of-two")
+    return {"ranks": 2 if one else tp, "together": tp > 1 and not one}
 
 
 def _ratios(text: str | None, layers: bool) -> tuple[int, ...] | None:

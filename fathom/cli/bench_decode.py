@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fathom.cli.bench_device import DeviceJob, complete_launches, filled, inference, launches, model_on, timed
+from fathom.cli.bench_device import DeviceJob, complete_launches, inference, launches, model_on, timed
+from fathom.cli.bench_fill import filled
 from fathom.cli.bench_floor import all_reduce_seconds, kept_bytes, step_bytes
 from fathom.config import ModelConfig
 from fathom.errors import ConfigError
@@ -118,7 +119,7 @@ class DecodeBench:
         ranks, fp8 = self.job.ranks, not self.job.packed
         floor = step_bytes(self.config, context, batch, tp=ranks, fp8_keys=fp8)
         own = step_bytes(self.config, context, batch, tp=ranks, fp8_keys=fp8, experts=experts)
-        sums = all_reduce_seconds(self.config, batch) if ranks > 1 else 0.0
+        sums = all_reduce_seconds(self.config, batch) if self.job.sums_apart else 0.0
         kept, other = kept_bytes(self.config, context, fp8)
         return {
             "all_reduce_seconds": sums,

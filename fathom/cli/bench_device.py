@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from fathom.engine.device_cache import DeviceCache
     from fathom.model.transformer import Transformer
+    from fathom.parallel.tensor import Ranks
 
 PRESETS = ("flash", "pro")
 
@@ -33,8 +34,8 @@ class DeviceJob:
     """What to measure on a GPU; see the flags of `fathom bench`.
 
     contexts: a row for each. ratios: the layers' compression ratios, layers: only the first so many; neither: all.
-    ranks: of how many the model is one. chunk: tokens of a prompt that are computed together. runs: None for the
-    mode's own number.
+    ranks: of how many the model is one, alone or, among torchrun's processes, together with the others. chunk: tokens
+    of a prompt that are computed together. runs: None for the mode's own number.
     """
 
     mode: str
@@ -50,6 +51,12 @@ class DeviceJob:
     chunk: int = 8192
     peer: str | None = None
     device: str = "cuda"
+    together: bool = False
+
+    @property
+    def sums_apart(self) -> bool:
+        """Whether the sums over ranks are left out of what is run."""
+        return self.ranks > 1 and not self.together
 
     @property
     def packed(self) -> bool:
@@ -79,7 +86,7 @@ def measure(job: DeviceJob) -> dict[str, Any]:
     else:
         from fathom.cli.bench_decode import measure_decode as measured
     fits(job, config)
-    place = gpu(job.device)
+    place = ranks().device if job.together else gpu(job.device)
     return {**asked(job, config), **where(place), **measured(job, config, place)}
 
 
@@ -91,7 +98,11 @@ def whole_config(job: DeviceJob) -> ModelConfig:
     config = preset(job.model) if named else ModelConfig.load(job.model)
     if job.synthetic:
         return _of_layers(config, _ratios(job, config))
-    for flag, given in (("layers", job.layers), ("ratios", job.ratios), ("rank-of-two", job.ranks > 1)):
+    for flag, given in (
+        ("layers", job.layers),
+        ("ratios", job.ratios),
+        ("tp" if job.together else "rank-of-two", job.ranks > 1),
+    ):
         if given:
             raise ConfigError(f"--{flag} changes the model: add --synthetic, for random weights of its sizes")
     return config
@@ -118,6 +129,14 @@ def _of_layers(config: ModelConfig, ratios: tuple[int, ...]) -> ModelConfig:
     return replace(config, **changed, num_nextn_predict_layers=0, dspark=None)  # type: ignore[arg-type]
 
 
+@cache
+def ranks() -> Ranks:
+    """All of torchrun's processes, met once."""
+    from fathom.parallel.tensor import Ranks
+
+    return Ranks()
+
+
 def gpu(name: str) -> torch.device:
     """A GPU that is there. Raises ConfigError."""
     import torch
@@ -139,6 +158,7 @@ def model_on(job: DeviceJob, config: ModelConfig, place: torch.device) -> tuple[
     from fathom.engine.llm import model_folder
     from fathom.model.layers import Numerics
     from fathom.model.moe import Experts
+    from fathom.parallel.plan import summed
 
     begin = time.perf_counter()
     if job.synthetic:
@@ -148,6 +168,8 @@ def model_on(job: DeviceJob, config: ModelConfig, place: torch.device) -> tuple[
     for module in model.modules():
         if isinstance(module, Experts):
             module.place()
+    if job.together:
+        summed(model, ranks().sum)
     torch.cuda.synchronize(place)
     return model, model.config, time.perf_counter() - begin
 
@@ -165,7 +187,7 @@ def _loaded(folder: Path, place: torch.device) -> Transformer:
 
 def asked(job: DeviceJob, config: ModelConfig) -> dict[str, Any]:
     """What a report says of its job."""
-    names = ("mode", "model", "synthetic", "batch", "ranks", "keys", "peer")
+    names = ("mode", "model", "synthetic", "batch", "ranks", "together", "keys", "peer")
     said = {name: getattr(job, name) for name in names}
     return {**said, "layers": config.num_hidden_layers, "ratios": config.compress_ratios[: config.num_hidden_layers]}
 
@@ -234,44 +256,3 @@ def inference() -> Iterator[None]:
 
     with torch.inference_mode():
         yield
-
-
-# --- a cache as if the context had been computed
-
-_PART = 1 << 16
-"""Index keys that are made at a time."""
-
-
-def filled(cache: DeviceCache) -> DeviceCache:
-    """Random rows, keys and tails of usual sizes in every place; index scores are all distinct."""
-    for memory in cache.layers:
-        for rows in (memory.window, memory.entries):
-            if rows is not None:
-                _fill_rows(rows.data, rows.scales, rows.rope)
-        for tail in (memory.tail, memory.key_tail):
-            if tail is not None:
-                tail.normal_()
-        if memory.keys is not None:
-            _fill_keys(memory.keys)
-    return cache
-
-
-def _fill_rows(data: torch.Tensor, scales: torch.Tensor, rope: int) -> None:
-    """e4m3 below the half of its exponents, so no NaN, under scales that make values of about one; BF16 rope dims."""
-    import torch
-
-    front = data.shape[-1] - 2 * rope
-    data.random_(0, 256).bitwise_and_(0b1011_1111)
-    data[..., front:].view(torch.bfloat16).normal_()
-    scales.random_(126, 129)
-
-
-def _fill_keys(keys: Any) -> None:
-    import torch
-
-    planes = [plane.flatten(0, 1) for plane in keys.planes]
-    for at in range(0, len(planes[0]), _PART):
-        count = min(_PART, len(planes[0]) - at)
-        values = torch.randn(count, keys.width, device=planes[0].device)
-        for plane, new in zip(planes, keys.pack(values), strict=True):
-            plane[at : at + count] = new

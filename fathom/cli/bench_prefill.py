@@ -11,7 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fathom.cli.bench_decode import PAGE
-from fathom.cli.bench_device import DeviceJob, Measured, filled, inference, model_on
+from fathom.cli.bench_device import DeviceJob, Measured, inference, model_on
+from fathom.cli.bench_fill import filled
 from fathom.cli.bench_floor import all_reduce_seconds, prompt_seconds
 from fathom.config import ModelConfig
 
@@ -71,7 +72,7 @@ class PrefillBench:
     def _beside(self, tokens: int, took: Measured) -> dict[str, Any]:
         """What a measured time is held against."""
         seconds, sizes = took.row()["seconds"], chunk_sizes(tokens, self.job.chunk)
-        sums = sum(all_reduce_seconds(self.config, size) for size in sizes) if self.job.ranks > 1 else 0.0
+        sums = sum(all_reduce_seconds(self.config, size) for size in sizes) if self.job.sums_apart else 0.0
         return {
             "all_reduce_seconds": sums,
             "tokens_per_second": tokens / seconds,

@@ -26,7 +26,7 @@ def lines(report: Row) -> Iterator[str]:
 
 def heading(r: Row) -> Iterator[str]:
     """What was measured, where, and of which commit."""
-    rank = f", one rank of {r['ranks']}" if r["ranks"] > 1 else ""
+    rank = f", {r['ranks']} ranks" if r["together"] else f", one rank of {r['ranks']}" if r["ranks"] > 1 else ""
     weights = " of random weights" if r["synthetic"] else ""
     yield f"{r['mode']} of {r['model']}{weights}{rank}, {r['layers']} layers, index keys {r['keys'].upper()}"
     versions = f"torch {r['torch']}, CUDA {r['cuda']}, Triton {r['triton']}"
@@ -55,7 +55,9 @@ def remarks(r: Row) -> Iterator[str]:
         yield f"Theirs: transformers {r['peer_version']}, eager, the same weights in BF16. Wall-clock, token to token."
         return
     yield f"Weights {r['weights_bytes'] / 1e9:.2f} GB, in place after {r['weights_seconds']:.1f} s."
-    if r["ranks"] > 1:
+    if r["together"]:
+        yield "Sums over the ranks are run, within the measured time; floors are those of one rank."
+    elif r["ranks"] > 1:
         yield "Sums over the ranks are counted by measured rates, not run: + sums."
     for row in r["rows"]:
         yield from _of_decode(row) if r["mode"] == "decode" else _of_prefill(row)

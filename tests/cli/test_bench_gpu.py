@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from fathom.checkpoint.synthetic import synthetic_model
-from fathom.cli.bench_device import DeviceJob, filled, whole_config
+from fathom.cli.bench_device import DeviceJob, whole_config
+from fathom.cli.bench_fill import filled
 from fathom.cli.bench_floor import step_bytes
-from fathom.cli.bench_prefill import chunk_sizes
+from fathom.cli.bench_prefill import Prompt, chunk_sizes, random_ids
 from fathom.cli.bench_table import lines
 from fathom.cli.main import run
 from fathom.config import FLASH, ModelConfig, Quantization
 from fathom.engine.device_cache import DeviceCache
+from fathom.engine.graphs import Steps
 from fathom.errors import CheckpointError, ConfigError
 from fathom.model.batch import Batch
 from fathom.model.layers import Numerics
@@ -42,7 +44,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
         ([*SYNTHETIC, "--ratios", "0,4", "--layers", "2"], ["--layers"]),
         ([*SYNTHETIC, "--layers", "44"], ["--layers 44", "43"]),
         ([*SYNTHETIC, "--context", "1048577"], ["1048577", "1048576"]),
-        ([*SYNTHETIC, "--tp", "2"], ["--tp 2", "--rank-of-two"]),
+        ([*SYNTHETIC, "--tp", "2"], ["--tp 2", "torchrun", "--rank-of-two"]),
         ([*SYNTHETIC, "--rank-of-two", "--tp", "4"], ["--tp 4"]),
         ([*SYNTHETIC, "--peer", "transformers", "--batch", "2"], ["--batch", "--peer"]),
         (["prefill", "--model", "flash", "--synthetic", "--batch", "2"], ["--batch", "prefill"]),
@@ -105,7 +107,15 @@ def decode_report(**changed: object) -> dict[str, object]:
         "ready_seconds": 12.5, "kv_bytes": 4.03e9, "kv_counted": 3.99e9, "kv_of_v32": 50.4e9,
     }  # fmt: skip
     launch = [{"kernel": f"k{n}", "count": 2, "seconds": 1e-6 * (40 - n)} for n in range(40)]
-    kind = {"mode": "decode", "model": "flash", "synthetic": True, "ranks": 2, "layers": 43, "keys": "fp8"}
+    kind = {
+        "mode": "decode",
+        "model": "flash",
+        "synthetic": True,
+        "ranks": 2,
+        "together": False,
+        "layers": 43,
+        "keys": "fp8",
+    }
     where = {"device": "NVIDIA H200", "torch": "2.11", "cuda": "13.0", "triton": "3.6", "commit": "abc"}
     measured = {"weights_bytes": 7.8e10, "weights_seconds": 3.0, "rows": [row], "launches": launch, "peer": None}
     return {**kind, **where, **measured, **changed}
@@ -177,3 +187,18 @@ def test_transformers_gets_our_weights(clone: None) -> None:
 def test_more_experts_are_more_to_read() -> None:
     few, all_of = step_bytes(FLASH, 4096, 8, experts=10), step_bytes(FLASH, 4096, 8, experts=256)
     assert all_of.experts == pytest.approx(25.6 * few.experts) and all_of.always == few.always
+
+
+@torch.inference_mode()
+def test_a_prompt_in_chunks_gives_what_one_call_gives() -> None:
+    """The path that prefill is measured on, with the ops' references, and the step that goes on from it."""
+    raw = draw_config(
+        7, blocked=True, num_hidden_layers=3, compress_ratios=[0, 4, 128], num_nextn_predict_layers=0,
+        num_hash_layers=1, head_dim=128, moe_intermediate_size=128, vocab_size=128,
+    )  # fmt: skip
+    config = replace(ModelConfig.from_dict(raw), expert_dtype="fp4", quantization_config=Quantization())
+    model = synthetic_model(config, Numerics(torch.bfloat16, quantize=True), "cpu", seed=4)
+    ids = random_ids(config, 300)
+    prompts = [Prompt(model, torch.device("cpu"), ids, chunk, packed=False, room=4) for chunk in (128, 300)]
+    assert torch.equal(prompts[0].all(), prompts[1].all())
+    assert Steps(model, prompts[0].cache).run([5], [300], [0]).isfinite().all()
