@@ -53,10 +53,10 @@ class Sampler:
 
 def choose(logits_SV: Tensor, samplers: Sequence[Sampler]) -> list[Choice | Exception]:
     """A token for each row of float32 logits [S, V] on the CPU, chosen by the row's own sampler and told to its guide,
-    with its log probability if that is wanted; or what the guide raised. A guide is its request's own affair.
+    with its log probability if that is wanted; or what went wrong. Guide and parameters are its request's own affair.
     """
     errors: dict[int, Exception] = {}
-    tokens = _tokens(_guided(logits_SV, samplers, errors), samplers)
+    tokens = _tokens(_guided(logits_SV, samplers, errors), samplers, errors)
     for n, (sampler, token) in enumerate(zip(samplers, tokens, strict=True)):
         try:
             if sampler.guide and n not in errors:
@@ -100,7 +100,7 @@ def _guided(logits_SV: Tensor, samplers: Sequence[Sampler], errors: dict[int, Ex
     return out_SV
 
 
-def _tokens(logits_SV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+def _tokens(logits_SV: Tensor, samplers: Sequence[Sampler], errors: dict[int, Exception]) -> list[int]:
     """The likeliest token of each row, or a drawn one where the temperature is above 0."""
     tokens: list[int] = logits_SV.argmax(-1).tolist()
     rows = [n for n, sampler in enumerate(samplers) if sampler.params.temperature]
@@ -110,7 +110,10 @@ def _tokens(logits_SV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
         # Below the maximum, however small the temperature: an infinite logit would leave no share that is a number.
         shares = torch.softmax((wide - wide.amax(-1, keepdim=True)) / heat, -1).numpy()
         for n, shares_V in zip(rows, shares, strict=True):
-            tokens[n] = samplers[n].draw(shares_V)
+            try:
+                tokens[n] = samplers[n].draw(shares_V)
+            except Exception as error:
+                errors.setdefault(n, error)
     return tokens
 
 
