@@ -8,6 +8,7 @@ depends on the others. Logits on the CPU are handled here, in float64; those of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from random import Random
 from typing import TypeAlias
 
@@ -61,13 +62,14 @@ Pick: TypeAlias = Callable[[Tensor, Sequence[Sampler], Masks], tuple[list[int], 
 
 def choose(logits_SV: Tensor, samplers: Sequence[Sampler], pick: Pick | None = None) -> list[Choice | Exception]:
     """A token for each row of float32 logits [S, V], chosen by the row's own sampler and told to its guide, with its
-    log probability if that is wanted; or what the guide raised. A guide is its request's own affair.
+    log probability if that is wanted; or what went wrong. Guide and parameters are its request's own affair.
 
     pick: how; None: as is best where the logits are.
     """
     errors: dict[int, Exception] = {}
     masks = _masks(samplers, logits_SV.shape[1], errors)
-    pick = pick or (pick_on_host if logits_SV.device.type == "cpu" else device_sampler.pick)
+    on_host = partial(pick_on_host, errors=errors)
+    pick = pick or (on_host if logits_SV.device.type == "cpu" else device_sampler.pick)
     tokens, logprobs = pick(logits_SV, samplers, masks)
     for n, (sampler, token) in enumerate(zip(samplers, tokens, strict=True)):
         try:
@@ -78,9 +80,12 @@ def choose(logits_SV: Tensor, samplers: Sequence[Sampler], pick: Pick | None = N
     return [errors.get(n) or (token, logprobs.get(n)) for n, token in enumerate(tokens)]
 
 
-def pick_on_host(logits_SV: Tensor, samplers: Sequence[Sampler], masks: Masks) -> tuple[list[int], dict[int, Logprob]]:
-    """The rows' tokens, and by row the log probabilities that are wanted; logits [S, V] on the CPU."""
-    tokens = _tokens(_masked(logits_SV, masks), samplers)
+def pick_on_host(
+    logits_SV: Tensor, samplers: Sequence[Sampler], masks: Masks, errors: dict[int, Exception]
+) -> tuple[list[int], dict[int, Logprob]]:
+    """The rows' tokens, and by row the log probabilities that are wanted; logits [S, V] on the CPU. What goes wrong
+    with a row is added to `errors`."""
+    tokens = _tokens(_masked(logits_SV, masks), samplers, errors)
     return tokens, _logprobs(logits_SV, samplers, tokens)
 
 
@@ -128,7 +133,7 @@ def _masked(logits_SV: Tensor, masks: Masks) -> Tensor:
     return out_SV
 
 
-def _tokens(logits_SV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+def _tokens(logits_SV: Tensor, samplers: Sequence[Sampler], errors: dict[int, Exception]) -> list[int]:
     """The likeliest token of each row, or a drawn one where the temperature is above 0."""
     tokens: list[int] = logits_SV.argmax(-1).tolist()
     rows = [n for n, sampler in enumerate(samplers) if sampler.params.temperature]
@@ -138,7 +143,10 @@ def _tokens(logits_SV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
         # Below the maximum, however small the temperature: an infinite logit would leave no share that is a number.
         shares = torch.softmax((wide - wide.amax(-1, keepdim=True)) / heat, -1).numpy()
         for n, shares_V in zip(rows, shares, strict=True):
-            tokens[n] = samplers[n].draw(shares_V)
+            try:
+                tokens[n] = samplers[n].draw(shares_V)
+            except Exception as error:
+                errors.setdefault(n, error)
     return tokens
 
 
