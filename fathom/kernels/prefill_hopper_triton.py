@@ -1,8 +1,9 @@
 """Attention of a prompt's queries with Hopper's matrix instructions: `prefill_triton`'s sums, placed by hand (Gluon).
 
-What Triton cannot be told: rows are copied to shared memory while the block before them is multiplied, with room for
-two blocks, and the logits' product is shared by two groups of four warps instead of being made by both. The list of
-rows is that of `prefill_triton`. Instead of rows that nobody sees some other rows are copied: all must be finite.
+What Triton cannot be told: the logits' product is shared by two groups of four warps instead of being made by both, and
+rows are copied to shared memory while others are multiplied. With up to 32 columns two programs share a multiprocessor
+and have one block of rows each; else one program has two blocks. The list of rows is that of `prefill_triton`. Instead
+of rows that nobody sees some other rows are copied: all must be finite.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -14,7 +15,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-WARPS = 8
+ONCE, TWICE = {"num_warps": 8}, {"num_warps": 8, "maxnreg": 128}
+"""Launch options where a multiprocessor has one program at a time, or two."""
+PAIRS = 32
+"""Rotated pairs of a row: they fill a swizzled panel of shared memory, which is read alone."""
 
 
 @gluon.jit
@@ -40,34 +44,25 @@ def _copy(to, rows, entries, at, e, first, last, ENTRIES, C: gl.constexpr, WINDO
 
 
 @gluon.jit
-def _rotated_back(y, turn, t, real, N: gl.constexpr, C: gl.constexpr, ROPE: gl.constexpr, pairs: gl.constexpr):
-    """The last ROPE columns of y [N, C] turned back by their queries' rotations [T, ROPE / 2, 2]."""
-    even, odd = gl.split(gl.reshape(y.to(gl.float32), (N, C // 2, 2)))
-    even, odd = gl.convert_layout(even, pairs), gl.convert_layout(odd, pairs)
-    pair = gl.arange(0, C // 2, gl.SliceLayout(0, pairs)) - (C - ROPE) // 2
-    inside = real[:, None] & (pair >= 0)[None, :]
-    place = turn + t[:, None] * ROPE + 2 * pair[None, :]
-    cos = gl.load(place, mask=inside, other=1.0)
-    sin = gl.load(place + 1, mask=inside, other=0.0)
-    return gl.reshape(gl.join(even * cos + odd * sin, odd * cos - even * sin), (N, C))
+def _pairs(x, N: gl.constexpr, ROPE: gl.constexpr):
+    return gl.split(gl.reshape(x, (N, ROPE // 2, 2)))
 
 
 @gluon.jit(do_not_specialize=["START", "T", "BEFORE", "ENTRIES"])
 def attend(
     q, near, entries, chosen, sink, turn, out, START, T, BEFORE, ENTRIES, H, SCALE, K: gl.constexpr, HB: gl.constexpr,
     C: gl.constexpr, ROPE: gl.constexpr, SPAN: gl.constexpr, RATIO: gl.constexpr, Q: gl.constexpr, B: gl.constexpr,
-    CHOSEN: gl.constexpr,
+    CHOSEN: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     N: gl.constexpr = Q * HB
     WINDOW: gl.constexpr = SPAN + Q - 1
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    pairs: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0])
     short: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, N // 2, 16])
     long: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, N, 16])
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([B, C], gl.bfloat16)
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([B, N], gl.bfloat16)
     x = gl.allocate_shared_memory(gl.bfloat16, [N, C], tile)
-    ks = gl.allocate_shared_memory(gl.bfloat16, [2, B, C], tile)
+    ks = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, B, C], tile)
     ps = gl.allocate_shared_memory(gl.bfloat16, [B, N], square)
     # One factor a column, on its way from the logits' layout to that of the results.
     factors = gl.allocate_shared_memory(gl.float32, [N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -86,20 +81,24 @@ def attend(
     begin = gl.maximum(SPAN - 1 - first, 0) // B * B
     end = WINDOW + number
 
-    column = gl.arange(0, N, gl.SliceLayout(1, wide))
-    t = own + column // HB
-    real = (t >= 0) & (t < T) & (column % HB < H)
-    place = (t * H + column % HB)[:, None] * C + gl.arange(0, C, gl.SliceLayout(0, wide))[None, :]
-    x.store(gl.load(q + place, mask=real[:, None], other=0.0))
     r = gl.arange(0, B, gl.SliceLayout(1, wide))
     rs = gl.arange(0, B, gl.SliceLayout(1, short))
-    behind = gl.arange(0, N, gl.SliceLayout(0, short)) // HB
-    closed = (first + behind + 1) // RATIO if RATIO > 0 else behind
     e = _entry(chosen, own, begin + r, WINDOW, K, CHOSEN)
     es = _entry(chosen, own, begin + rs, WINDOW, K, CHOSEN)
     _copy(ks.index(0), rows, entries, begin + r, e, skip, last, ENTRIES, C, WINDOW, RATIO, wide)
     async_copy.commit_group()
     e = _entry(chosen, own, begin + B + r, WINDOW, K, CHOSEN)
+    column = gl.arange(0, N, gl.SliceLayout(1, wide))
+    t = own + column // HB
+    real = (t >= 0) & (t < T) & (column % HB < H)
+    rc = gl.arange(0, C, gl.SliceLayout(0, wide))
+    rr = gl.arange(0, ROPE, gl.SliceLayout(0, wide))
+    place = (t * H + column % HB)[:, None] * C
+    queries = gl.load(q + place + rc[None, :], mask=real[:, None], other=0.0)
+    cos, sin = _pairs(gl.load(turn + t[:, None] * ROPE + rr[None, :], mask=real[:, None], other=0.0), N, ROPE)
+    x.store(queries)
+    behind = gl.arange(0, N, gl.SliceLayout(0, short)) // HB
+    closed = (first + behind + 1) // RATIO if RATIO > 0 else behind
     top = gl.full([N], -1e38, gl.float32, gl.SliceLayout(0, short))
     sums = gl.full([B, N], 0.0, gl.float32, short)
     none = gl.full([B, N], 0.0, gl.float32, short)
@@ -110,11 +109,12 @@ def attend(
         fence_async_shared()
         gl.thread_barrier()
         k = ks.index(slot)
-        slot = 1 - slot
-        if v + B < end:
-            _copy(ks.index(slot), rows, entries, v + B + r, e, skip, last, ENTRIES, C, WINDOW, RATIO, wide)
-        async_copy.commit_group()
-        e = _entry(chosen, own, v + 2 * B + r, WINDOW, K, CHOSEN)
+        if BUFFERS == 2:
+            slot = 1 - slot
+            if v + B < end:
+                _copy(ks.index(slot), rows, entries, v + B + r, e, skip, last, ENTRIES, C, WINDOW, RATIO, wide)
+            async_copy.commit_group()
+            e = _entry(chosen, own, v + 2 * B + r, WINDOW, K, CHOSEN)
         logits = warpgroup_mma(k, x.permute((1, 0)), none, use_acc=False)
         at = v + rs
         seen = (at >= skip) & (at < last)
@@ -140,6 +140,12 @@ def attend(
         acc = acc * factors.load(gl.SliceLayout(0, long))[None, :]
         fence_async_shared()
         acc = warpgroup_mma(k.permute((1, 0)), ps, acc)
+        if BUFFERS == 1:
+            gl.thread_barrier()
+            if v + B < end:
+                _copy(k, rows, entries, v + B + r, e, skip, last, ENTRIES, C, WINDOW, RATIO, wide)
+            async_copy.commit_group()
+            e = _entry(chosen, own, v + 2 * B + r, WINDOW, K, CHOSEN)
     column = gl.arange(0, N, gl.SliceLayout(0, short)) % HB
     bar = gl.load(sink + column, mask=column < H, other=0.0) * 1.4426950408889634
     new = gl.maximum(top, bar)
@@ -148,7 +154,7 @@ def attend(
     factors.store(share)
     y = acc * factors.load(gl.SliceLayout(0, long))[None, :]
     x.permute((1, 0)).store(y.to(gl.bfloat16))
-    column = gl.arange(0, N, gl.SliceLayout(1, pairs))
-    t = own + column // HB
-    y = _rotated_back(x.load(wide), turn, t, (t >= 0) & (t < T), N, C, ROPE, pairs)
-    gl.store(out + place, gl.convert_layout(y.to(gl.bfloat16), wide), mask=real[:, None])
+    gl.store(out + place + rc[None, :], x.load(wide), mask=real[:, None] & (rc < C - ROPE)[None, :])
+    even, odd = _pairs(x.slice(C - ROPE, ROPE, dim=1).load(wide).to(gl.float32), N, ROPE)
+    y = gl.reshape(gl.join(even * cos + odd * sin, odd * cos - even * sin), (N, ROPE)).to(gl.bfloat16)
+    gl.store(out + place + (C - ROPE) + rr[None, :], gl.convert_layout(y, wide), mask=real[:, None])

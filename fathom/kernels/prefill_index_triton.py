@@ -31,8 +31,11 @@ TILES = 2 if PLAIN else 16
 """Tiles of keys that a program goes through."""
 CHUNK = 64 if PLAIN else 2048
 """Scores that a program chooses among."""
+SPARSE = 5 if PLAIN else 12
+"""From so many chunks on some are searched first, for a bar that the best of all must reach."""
 _WARPS = 8
 _EACH = 512
+_ALONE, _SETS_BARS, _HAS_BARS = range(3)
 _READ = 16
 """Rows or keys that a program reads."""
 
@@ -102,19 +105,37 @@ def score(q: Tensor, weights: Tensor, keys: Tensor, scales: Tensor, start: int, 
 
 def choose(scores: Tensor, out: Tensor, start: int, number: int) -> None:
     """Into int32 [T, k]: the k best of scores [T, room], of which a query sees as many as its position says."""
+    chunks = triton.cdiv(number, _chunk(out))
+    bars = torch.empty(len(out), dtype=torch.int32, device=out.device)
+    if chunks < SPARSE:
+        _rounds(scores, out, bars, start, number, 1, _ALONE)
+        return
+    # The k-th best score of some chunks: few reach it, so that most chunks need not be searched.
+    _rounds(scores, out, bars, start, number, chunks // 4, _SETS_BARS)
+    _rounds(scores, out, bars, start, number, 1, _HAS_BARS)
+
+
+def _rounds(scores: Tensor, out: Tensor, bars: Tensor, start: int, number: int, every: int, mode: int) -> None:
+    """The best of every so many chunks, of the best of some chunks, and so on."""
     count, k = out.shape
-    block = max(CHUNK, 2 * power_of_two(k))
+    block = _chunk(out)
     merged = block // k
-    lists, span, given = number, 0, out
-    while not span or lists > 1:
-        before, lists = lists, max(1, triton.cdiv(lists, merged if span else block))
+    before, lists, span, given = 0, triton.cdiv(max(number, 1), block * every), 0, out
+    while True:
         best = out if lists == 1 else torch.empty((count, lists, k), dtype=torch.int32, device=out.device)
-        size = block if span else min(block, max(power_of_two(number), 128))
+        size = block if span or every > 1 else min(block, max(power_of_two(number), 128))
         _choose[(lists, count)](
-            scores, given, best, out, start, number, scores.shape[1] // KEYS, before, lists, span, k,
-            power_of_two(k), KEYS, size, merged, span == 0, **options(scores, _warps(size)),
+            scores, given, best, out, bars, start, number, scores.shape[1] // KEYS, before, lists, span, every, k,
+            power_of_two(k), KEYS, size, merged, span == 0, mode, **options(scores, _warps(size)),
         )  # fmt: skip
-        span, given = span * merged if span else block, best
+        if lists == 1:
+            return
+        span, given = span * merged if span else block * every, best
+        before, lists = lists, triton.cdiv(lists, merged)
+
+
+def _chunk(out: Tensor) -> int:
+    return max(CHUNK, 2 * power_of_two(out.shape[1]))
 
 
 def _warps(block: int) -> int:
@@ -234,8 +255,8 @@ def _ordered(s, real):
 
 @triton.jit
 def _taken(order, real, K):
-    """Which K to take (at least so many are real) and how many are taken before and with each: the largest, and of
-    equal ones the first."""
+    """Which K to take (at least so many are real), how many are taken before and with each, and the least pattern that
+    is taken: the largest, and of equal ones the first."""
     low = tl.min(tl.where(real, order, 0x7FFFFFFF), 0).to(tl.int64)
     high = tl.max(order, 0).to(tl.int64) + 1
     count = tl.sum(real.to(tl.int32), 0)
@@ -247,21 +268,21 @@ def _taken(order, real, K):
         count = tl.where(enough, passed, count)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-    bar = low.to(tl.int32)
-    above = real & (order > bar)
-    level = real & (order == bar)
-    room = K - tl.sum(above.to(tl.int32), 0)
-    upto = tl.cumsum(above.to(tl.int32) + (level.to(tl.int32) << 16), 0)
-    equal = (upto >> 16) & 0xFFFF
-    return above | (level & (equal <= room)), (upto & 0xFFFF) + tl.minimum(equal, room)
+    taken = real & (order >= low.to(tl.int32))
+    if count > K:
+        level = real & (order == low.to(tl.int32))
+        room = K - count + tl.sum(level.to(tl.int32), 0)
+        taken = taken & ((order > low.to(tl.int32)) | (tl.cumsum(level.to(tl.int32), 0) <= room))
+    return taken, tl.cumsum(taken.to(tl.int32), 0), low.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["START", "NUMBER", "ROOM", "BEFORE", "LISTS", "SPAN"])
+@triton.jit(do_not_specialize=["START", "NUMBER", "ROOM", "BEFORE", "LISTS", "SPAN", "EVERY"])
 def _choose(
-    scores, given, best, out, START, NUMBER, ROOM, BEFORE, LISTS, SPAN, K, KB: tl.constexpr, KEYS: tl.constexpr,
-    B: tl.constexpr, MERGED: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
+    scores, given, best, out, bars, START, NUMBER, ROOM, BEFORE, LISTS, SPAN, EVERY, K, KB: tl.constexpr,
+    KEYS: tl.constexpr, B: tl.constexpr, MERGED: tl.constexpr, FIRST: tl.constexpr, MODE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """The best of B scores, or (not FIRST) of MERGED lists of the best of SPAN entries each."""
+    """The best of B scores of EVERY times as many, or (not FIRST) of MERGED lists of the best of SPAN entries each."""
     part = tl.program_id(0)
     t = tl.program_id(1).to(tl.int64)
     r, rk = tl.arange(0, B), tl.arange(0, KB)
@@ -270,8 +291,8 @@ def _choose(
         gdc_wait()
     number = tl.minimum((START + tl.program_id(1) + 1) // 4, NUMBER)
     if FIRST:
-        most = B
-        some = (number > K) & (part * B < number)
+        most = B * EVERY
+        some = (number > K) & (part * most < number)
         if (number <= K) & (part == 0):
             tl.store(out + t * K + rk, tl.where(rk < number, rk, -1), mask=rk < K)
     else:
@@ -279,19 +300,24 @@ def _choose(
         some = (number > tl.maximum(SPAN, K)) & (part * most < number)
     if some:
         if FIRST:
-            at = part * B + r
+            at = part * most + r
             real = at < number
         else:
             place = part * MERGED * K + r
-            at = tl.load(
-                given + t * BEFORE * K + place, mask=(r < MERGED * K) & (place < tl.cdiv(number, SPAN) * K), other=-1
-            )
+            there = (r < MERGED * K) & (place < tl.cdiv(number, SPAN) * K)
+            at = tl.load(given + t * BEFORE * K + place, mask=there, other=-1)
             real = at >= 0
-        s = tl.load(scores + t * (ROOM * KEYS) + at, mask=real, other=0.0)
+        order = _ordered(tl.load(scores + t * (ROOM * KEYS) + at, mask=real, other=0.0), real)
+        if FIRST and MODE == 2:
+            real = real & (order >= tl.load(bars + t))
         own = tl.minimum(K, tl.sum(real.to(tl.int32), 0))
-        taken, upto = _taken(_ordered(s, real), real, own)
         to = best + (t * LISTS + part) * K
         if number <= most:
             to = out + t * K
-        tl.store(to + upto - 1, at, mask=taken)
+        if own > 0:
+            taken, upto, bar = _taken(order, real, own)
+            tl.store(to + upto - 1, at, mask=taken)
+            if MODE == 1:
+                if number <= most:
+                    tl.store(bars + t, bar)
         tl.store(to + rk, -1, mask=(rk >= own) & (rk < K))

@@ -53,8 +53,9 @@ def attend(
         chosen is not None,
     )  # fmt: skip
     hopper = _hopper(q.device)
-    if hopper is not None and width >= 128:
-        hopper.attend[grid](*inputs, num_warps=hopper.WARPS)
+    if hopper is not None and width >= 128 and turn.shape[1] == hopper.PAIRS:
+        small = column <= 32 and together == 1
+        hopper.attend[grid](*inputs, 1 if small else 2, **(hopper.TWICE if small else hopper.ONCE))
     else:
         _attend[grid](*inputs, PLAIN, **options(q, 8, 2))
     return out
