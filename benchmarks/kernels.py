@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fathom.kernels import experts_triton as fp4
 from fathom.kernels import linear_triton as dense
-from fathom.kernels import prefill, prefill_index_triton, prefill_triton
+from fathom.kernels import prefill, prefill_index_triton, prefill_read_triton, prefill_triton
 from fathom.kernels import streams_triton as streams
 from fathom.kernels.experts_many_triton import grouped_down, grouped_gate_up, many, schedule
 from fathom.kernels.norm_triton import rms_norm
@@ -254,13 +254,13 @@ def prefill_index(depth: str, start: int) -> None:
     pages = -(-count // 32)
     table = torch.randperm(pages, device=GPU).int().view(1, -1)
     rows = Rows(e4m3(pages, 32, 576).view(torch.uint8), e8m0(pages, 32, 8).view(torch.uint8), 64)
-    call = partial(prefill_index_triton.read_rows, table, rows, 0, 0, count)
+    call = partial(prefill_read_triton.read_rows, table, rows, 0, 0, count)
     report("rows unpacked", f"{count}x512", count, [call], count * (584 + 1024))
     for packed in (False, True):
         store = Keys.empty(pages, 32, INDEX_DIM, packed, torch.device(GPU))
         for plane, new in zip(store.planes, store.pack(bf16(pages, 32, INDEX_DIM)), strict=True):
             plane.copy_(new)
-        call = partial(prefill_index_triton.read_keys, table, store, 0, count)
+        call = partial(prefill_read_triton.read_keys, table, store, 0, count)
         size = count * (132 + (68 if packed else 132))
         report("keys end to end", f"{count}x128, {'FP4' if packed else 'FP8'}", count, [call], size)
     keys, scales = prefill.keys(store, table, 0, count)

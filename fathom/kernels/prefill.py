@@ -1,8 +1,8 @@
 """A prompt's attention on a device: T queries of one sequence at a time, at positions start .. start + T - 1.
 
 Reference 2.6, 2.8, 2.9. These are the contracts with their references in torch; the GPU's versions stand in
-`prefill_triton` and `prefill_index_triton`. A query's bits depend on its position and on the rows that it sees, not on
-T, on where the prompt was cut, or on its neighbours.
+`prefill_read_triton`, `prefill_index_triton` and `prefill_triton`. There a query's bits depend on its position and on
+the rows that it sees, not on T, on where the prompt was cut, or on its neighbours.
 
 Names: T queries, H heads, C head dim, h index heads, d index dim, P = rope dims / 2. The query at p sees the rows of
 positions p - span + 1 .. p, and entries e < (p + 1) // ratio or those of them that its indexer chose.
@@ -37,13 +37,13 @@ def keys(store: Keys, table: Tensor, slot: int, count: int) -> tuple[Tensor, Ten
     return read_keys(table, store, slot, count)
 
 
-@beside("prefill_index_triton")
+@beside("prefill_read_triton")
 def read_rows(table: Tensor, rows: Rows, slot: int, first: int, count: int) -> Tensor:
     """`unpacked`, in the order that `beside` wants: a tensor first."""
     return rows.read(_index(table, slot, first, count, rows.per))
 
 
-@beside("prefill_index_triton")
+@beside("prefill_read_triton")
 def read_keys(table: Tensor, store: Keys, slot: int, count: int) -> tuple[Tensor, Tensor]:
     """`keys`, likewise."""
     index = _index(table, slot, 0, count, store.per)

@@ -1,9 +1,9 @@
-"""What a prompt reads of the cache, laid end to end, and its indexer: scores on FP8 tensor cores, then an exact choice.
+"""The indexer of a prompt's queries: scores on FP8 tensor cores, then an exact choice. Reference 2.8.
 
-The torch references are in `prefill` (reference 2.8, 4). Scores are made for as many queries at a time as fit into
-SCRATCH. Index queries are the columns of a product and keys its rows; a query's score of a key does not know of others.
-The choice is a search by halves for the pattern of the k-th largest score in each chunk of CHUNK keys, then among the
-best of some chunks, and so on. It is exact for any scores.
+The torch reference is `prefill.select`. Scores are made for as many queries at a time as fit into SCRATCH. Queries are
+the columns of a product and keys its rows; a query's score of a key does not know of others. The choice is a search by
+halves for the pattern of the k-th largest score in each chunk of CHUNK keys, then among the best of some chunks, and so
+on. It is exact for any scores.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fathom.kernels.common_triton import PLAIN, from_e8m0, inverse_pow2, options, power_of_two
-from fathom.kernels.stored import BLOCK, Keys, Rows
+from fathom.kernels.common_triton import PLAIN, inverse_pow2, options, power_of_two
+from fathom.kernels.index_triton import _one_scale
 
 SCRATCH = 1 << 12 if PLAIN else 1 << 28
 """Scores that are held at a time."""
@@ -35,39 +35,9 @@ SPARSE = 5 if PLAIN else 12
 """From so many chunks on some are searched first, for a bar that the best of all must reach."""
 _WARPS = 8
 _EACH = 512
+"""Scores of a warp that chooses."""
 _ALONE, _SETS_BARS, _HAS_BARS = range(3)
-_READ = 16
-"""Rows or keys that a program reads."""
-
-
-def read_rows(table: Tensor, rows: Rows, slot: int, first: int, count: int) -> Any:
-    """`prefill.read_rows`; NotImplemented for fronts that are no multiple of 64."""
-    front = rows.width - rows.rope
-    if front % BLOCK:
-        return NotImplemented
-    out = torch.empty((count, rows.width), dtype=torch.bfloat16, device=table.device)
-    if count:
-        _read_rows[(triton.cdiv(count, _READ),)](
-            rows.data.view(torch.float8_e4m3fn), rows.data.view(torch.bfloat16), rows.scales, table[slot], out, first,
-            count, front, power_of_two(front), rows.rope, power_of_two(rows.rope), rows.scales.shape[2], rows.per,
-            _READ, PLAIN, **options(out, 4),
-        )  # fmt: skip
-    return out
-
-
-def read_keys(table: Tensor, store: Keys, slot: int, count: int) -> Any:
-    """`prefill.read_keys`; NotImplemented for key widths that are no power of two."""
-    width = store.width
-    if width != power_of_two(width):
-        return NotImplemented
-    data = torch.empty((count, width), dtype=torch.float8_e4m3fn, device=table.device)
-    scales = torch.empty(count, dtype=torch.float32, device=table.device)
-    if count:
-        _read_keys[(triton.cdiv(count, 4 * _READ),)](
-            *store.planes, table[slot], data if store.packed else data.view(torch.uint8), scales, count, width,
-            store.per, 4 * _READ, store.packed, **options(data, 4),
-        )  # fmt: skip
-    return data, scales
+"""Modes of `_choose`."""
 
 
 def select(q: Tensor, weights: Tensor, keys: Tensor, scales: Tensor, start: int, k: int) -> Any:
@@ -87,7 +57,7 @@ def select(q: Tensor, weights: Tensor, keys: Tensor, scales: Tensor, start: int,
         some = slice(first, min(count, first + together))
         if number > k:
             score(q[some], weights[some], keys, scales, start + first, k, scores)
-        choose(scores, out[some], start + first, number)
+        choose(scores, out[some], start + first, min(number, (start + some.stop) // 4))
     return out
 
 
@@ -140,73 +110,6 @@ def _chunk(out: Tensor) -> int:
 
 def _warps(block: int) -> int:
     return 1 if PLAIN else min(16, max(2, block // _EACH))
-
-
-@triton.jit(do_not_specialize=["FIRST", "COUNT"])
-def _read_rows(
-    codes, rope, scales, table, out, FIRST, COUNT, FRONT: tl.constexpr, FB: tl.constexpr, ROPE: tl.constexpr,
-    RB: tl.constexpr, S: tl.constexpr, PER: tl.constexpr, B: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * B + tl.arange(0, B)
-    real = n < COUNT
-    rc, rr, rs = tl.arange(0, FB), tl.arange(0, RB), tl.arange(0, FB // 64)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    page = tl.load(table + (FIRST + n) // PER, mask=real, other=0).to(tl.int64)
-    row = page * PER + (FIRST + n) % PER
-    front = real[:, None] & (rc < FRONT)[None, :]
-    code = tl.load(codes + row[:, None] * (FRONT + 2 * ROPE) + rc[None, :], mask=front, other=0.0).to(tl.float32)
-    power = tl.load(scales + row[:, None] * S + rs[None, :], mask=real[:, None] & (rs * 64 < FRONT)[None, :], other=0)
-    values = tl.reshape(tl.reshape(code, (B, FB // 64, 64)) * from_e8m0(power)[:, :, None], (B, FB))
-    place = out + n.to(tl.int64)[:, None] * (FRONT + ROPE)
-    tl.store(place + rc[None, :], values.to(tl.bfloat16), mask=front)
-    back = real[:, None] & (rr < ROPE)[None, :]
-    end = tl.load(rope + row[:, None] * (FRONT // 2 + ROPE) + FRONT // 2 + rr[None, :], mask=back, other=0.0)
-    tl.store(place + FRONT + rr[None, :], end, mask=back)
-
-
-@triton.jit
-def _e2m1(code):
-    """FP4 codes as float32: the three bits of magnitude are the ends of exponent and mantissa."""
-    bits = ((code & 7) << 22) | ((code & 8) << 28)
-    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
-
-
-@triton.jit
-def _one_scale(x):
-    """Powers of two under which rows of FP4 values fit into e4m3."""
-    amax = tl.maximum(tl.max(tl.abs(x), 1), 7.888609052210118e-31)
-    bits = tl.div_rn(amax, 448.0 + tl.zeros_like(amax)).to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit(do_not_specialize=["COUNT"])
-def _read_keys(
-    data, scales, table, out, out_scales, COUNT, D: tl.constexpr, PER: tl.constexpr, B: tl.constexpr,
-    PACKED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * B + tl.arange(0, B)
-    real = n < COUNT
-    rd = tl.arange(0, D)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    page = tl.load(table + n // PER, mask=real, other=0).to(tl.int64)
-    row = page * PER + n % PER
-    place = out + n.to(tl.int64)[:, None] * D + rd[None, :]
-    if PACKED:
-        rh, rs = tl.arange(0, D // 2), tl.arange(0, D // 32)
-        code = tl.load(data + row[:, None] * (D // 2) + rh[None, :], mask=real[:, None], other=0).to(tl.int32)
-        scale = from_e8m0(tl.load(scales + row[:, None] * (D // 32) + rs[None, :], mask=real[:, None], other=127))
-        x = tl.reshape(tl.join(_e2m1(code & 15), _e2m1(code >> 4)), (B, D // 32, 32))
-        x = tl.reshape(x * scale[:, :, None], (B, D))
-        one = _one_scale(x)
-        tl.store(place, (x * inverse_pow2(one)[:, None]).to(tl.float8e4nv), mask=real[:, None])
-    else:
-        tl.store(place, tl.load(data + row[:, None] * D + rd[None, :], mask=real[:, None], other=0), mask=real[:, None])
-        one = tl.load(scales + row, mask=real, other=1.0)
-    tl.store(out_scales + n, one, mask=real)
 
 
 @triton.jit(do_not_specialize=["START", "T", "NUMBER", "ROOM", "TOPK"])

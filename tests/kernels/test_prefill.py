@@ -19,6 +19,7 @@ if DEVICE is None:
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from fathom.kernels import prefill_index_triton as index  # noqa: E402
+from fathom.kernels import prefill_read_triton as read  # noqa: E402
 from fathom.kernels import prefill_triton as attention  # noqa: E402
 
 pytestmark = pytest.mark.external if INTERPRETED else pytest.mark.gpu
@@ -203,7 +204,7 @@ def test_rows_are_read_through_the_page_table(width: int, rope: int, per: int) -
     table = torch.randperm(40, generator=g).int().view(2, 20).to(DEVICE)
     for first, count in ((0, 20 * per), (3 % per, 7), (20 * per - 1, 1), (0, 0)):
         with poisoned():
-            got = index.read_rows(table, rows, 1, first, count)
+            got = read.read_rows(table, rows, 1, first, count)
         assert torch.equal(got, prefill.unpacked(rows, table, 1, first, count).to(got.device))
         assert torch.equal(got, prefill.read_rows.__wrapped__(table, rows, 1, first, count))
 
@@ -218,7 +219,7 @@ def test_keys_are_read_through_the_page_table(packed: bool) -> None:
     table = torch.randperm(12, generator=g).int().view(2, 6).to(DEVICE)
     for count in (0, 1, 77, 192):
         with poisoned():
-            data, scales = index.read_keys(table, store, 1, count)
+            data, scales = read.read_keys(table, store, 1, count)
         rows = store.read(prefill._index(table, 1, 0, count, 32)).float()
         assert torch.equal(data.float() * scales.unsqueeze(1), rows)
         wanted = prefill.read_keys.__wrapped__(table, store, 1, count)
