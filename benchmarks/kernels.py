@@ -1,10 +1,11 @@
 """Each Triton kernel alone at V4-Flash's sizes on one GPU: microseconds a launch beside the floor of its bytes.
 
-    python benchmarks/kernels.py [--only small,linear,experts] [--json FILE] [--markdown FILE]
+    python benchmarks/kernels.py [--only small,linear,experts,prefill] [--json FILE] [--markdown FILE]
 
 Weights are random; their shapes and bytes are the model's. A figure is the median of eight replays of a CUDA graph that
 runs the op once over each of many weight sets, more than the L2 cache holds. The floor is what the op must read and
-write at 4.3 TB/s, the H200's measured copy rate. TP2 is one rank of two: half of the heads and of the experts' width.
+write at 4.3 TB/s, the H200's measured copy rate; for `prefill`, what it must multiply at the measured rate of products
+(736 TFLOP/s BF16, 1367 FP8). TP2 is one rank of two: half of the heads and of the experts' width.
 The tests of a kernel say that it is right: run `pytest -m gpu tests/kernels` first.
 """
 
@@ -26,14 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fathom.kernels import experts_triton as fp4
 from fathom.kernels import linear_triton as dense
+from fathom.kernels import prefill, prefill_index_triton, prefill_triton
 from fathom.kernels import streams_triton as streams
 from fathom.kernels.experts_many_triton import grouped_down, grouped_gate_up, many, schedule
 from fathom.kernels.norm_triton import rms_norm
+from fathom.kernels.quant import fp4_sim
 from fathom.kernels.quant_triton import HALVES, PAIRS, fp8_sim, gated, quantise
 from fathom.kernels.router_triton import route
+from fathom.kernels.stored import Keys, Rows
 
 RATE = 4.3e6
 """Bytes a microsecond that an H200 copies."""
+BF16_RATE, FP8_RATE = 736e6, 1367e6
+"""Operations a microsecond of large products."""
 ENOUGH = 400e6
 """Bytes of weights in a graph, several times the L2 cache."""
 GPU = "cuda"
@@ -214,7 +220,63 @@ def small() -> None:
         )
 
 
-SECTIONS: dict[str, Callable[[], None]] = {"small": small, "linear": linear, "experts": experts}
+QUERIES, SPAN, WIDTH, CHOSEN, INDEX_HEADS, INDEX_DIM = 4096, 128, 512, 512, 64, 128
+
+
+def prefill_ops() -> None:
+    """A chunk of a prompt at several depths: attention of half of the heads, the indexer of all, the cache read."""
+    for start in (0, 28 << 10, 124 << 10, (1 << 20) - QUERIES):
+        depth = f"after {start >> 10}K"
+        for name, ratio in (("SWA", 0), ("CSA", 4), ("HCA", 128)):
+            prefill_attention(f"{name}, 32 heads, {depth}", start, ratio)
+        prefill_index(depth, start)
+
+
+def prefill_attention(shape: str, start: int, ratio: int) -> None:
+    position = torch.arange(start, start + QUERIES, device=GPU)
+    number = (position + 1) // max(ratio, 1)
+    q, near = bf16(QUERIES, 32, WIDTH), bf16(min(start, SPAN - 1) + QUERIES, WIDTH)
+    entries = bf16((start + QUERIES) // ratio, WIDTH) if ratio else None
+    chosen, seen = None, number if ratio else 0 * number
+    if ratio == 4:
+        chosen = (torch.rand(QUERIES, CHOSEN, device=GPU) * number.unsqueeze(1)).sort(1).values.int()
+        chosen[torch.arange(CHOSEN, device=GPU) >= number.unsqueeze(1)] = -1
+        seen = number.clamp_max(CHOSEN)
+    angle = torch.randn(QUERIES, 32, device=GPU)
+    turn, sink = torch.stack((angle.cos(), angle.sin()), -1), torch.randn(32, device=GPU)
+    flop = 4.0 * 32 * WIDTH * float((seen + (position + 1).clamp_max(SPAN)).sum())
+    call = partial(prefill_triton.attend, q, near, entries, chosen, sink, turn, start, ratio, SPAN)
+    report("attention", shape, QUERIES, [call], flop / BF16_RATE * RATE)
+
+
+def prefill_index(depth: str, start: int) -> None:
+    count = (start + QUERIES) // 4
+    pages = -(-count // 32)
+    table = torch.randperm(pages, device=GPU).int().view(1, -1)
+    rows = Rows(e4m3(pages, 32, 576).view(torch.uint8), e8m0(pages, 32, 8).view(torch.uint8), 64)
+    call = partial(prefill_index_triton.read_rows, table, rows, 0, 0, count)
+    report("rows unpacked", f"{count}x512", count, [call], count * (584 + 1024))
+    for packed in (False, True):
+        store = Keys.empty(pages, 32, INDEX_DIM, packed, torch.device(GPU))
+        for plane, new in zip(store.planes, store.pack(bf16(pages, 32, INDEX_DIM)), strict=True):
+            plane.copy_(new)
+        call = partial(prefill_index_triton.read_keys, table, store, 0, count)
+        size = count * (132 + (68 if packed else 132))
+        report("keys end to end", f"{count}x128, {'FP4' if packed else 'FP8'}", count, [call], size)
+    keys, scales = prefill.keys(store, table, 0, count)
+    q, weights = fp4_sim(bf16(QUERIES, INDEX_HEADS, INDEX_DIM)), torch.randn(QUERIES, INDEX_HEADS, device=GPU)
+    pairs = float(((torch.arange(start, start + QUERIES) + 1) // 4).sum())
+    call = partial(prefill_index_triton.select, q, weights, keys, scales, start, CHOSEN)
+    flop = 2.0 * INDEX_HEADS * INDEX_DIM * pairs
+    report("indexer", depth, QUERIES, [call], flop / FP8_RATE * RATE)
+
+
+SECTIONS: dict[str, Callable[[], None]] = {
+    "small": small,
+    "linear": linear,
+    "experts": experts,
+    "prefill": prefill_ops,
+}
 
 
 def markdown() -> str:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 from fathom.errors import SamplingError
@@ -42,6 +43,10 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            _check(name, getattr(self, name), _is(getattr(self, name), Real), "a number")
+        for name in ("top_k", "max_tokens", "seed", "logprobs"):
+            _check(name, value := getattr(self, name), value is None or _is(value, Integral), "a whole number")
         _check("temperature", self.temperature, 0 <= self.temperature <= 2, "from 0 (greedy) to 2")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _check("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1")
@@ -51,9 +56,13 @@ class SamplingParams:
         _check("logprobs", self.logprobs, self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "from 0 to 20")
 
 
+def _is(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _check(name: str, value: object, fine: bool, wanted: str) -> None:
     if not fine or (isinstance(value, float) and math.isnan(value)):
-        raise SamplingError(f"{name} {value} is out of range: it must be {wanted}")
+        raise SamplingError(f"{name} {value!r} is out of range: it must be {wanted}")
 
 
 class FinishReason(StrEnum):

@@ -30,7 +30,7 @@ class Completions(Exchange):
         self.model = desk.model(body.get("model"), "completions")
         self.stream = _flag(body, "stream")
         self.prompt = _one(body.get("prompt"))
-        self.suffix = body.get("suffix") or ""
+        self.suffix = body.get("suffix", "")
         self.echo = _flag(body, "echo")
         self.stops = _stops(body.get("stop"))
         refuse_unsupported(body)
@@ -53,10 +53,10 @@ class Completions(Exchange):
         tokenizer = self.desk.codec.tokenizer
         first = [tokenizer.added["<｜begin▁of▁sentence｜>"]]
         self.desk.bounded(self.prompt)
-        if not self.suffix:
-            return first + tokenizer.encode(self.prompt)
         if not isinstance(self.suffix, str):
             raise RequestError(400, "suffix must be a string", param="suffix")
+        if not self.suffix:
+            return first + tokenizer.encode(self.prompt)
         if missing := [token for token in _FIM if token not in tokenizer.added]:
             raise RequestError(400, f"this model cannot fill in: its vocabulary has no {missing[0]}", param="suffix")
         self.desk.bounded(self.suffix)
@@ -75,12 +75,12 @@ class Completions(Exchange):
         logprobs = body.get("logprobs")
         try:
             return SamplingParams(
-                temperature=float(body.get("temperature", settings.temperature)),
-                top_p=float(body.get("top_p", settings.top_p)),
+                temperature=body.get("temperature", settings.temperature),
+                top_p=body.get("top_p", settings.top_p),
                 top_k=wishes.top_k(body),
                 max_tokens=min(longest, left),
                 seed=body.get("seed"),
-                logprobs=None if logprobs is None or logprobs is False else int(logprobs),
+                logprobs=None if logprobs is False else logprobs,
             )
         except (SamplingError, TypeError, ValueError) as error:
             raise RequestError(400, str(error)) from None

@@ -9,6 +9,7 @@ from typing import Any
 from fathom.api import GenerateRequest, SamplingParams
 from fathom.encoding import normalise, wishes
 from fathom.encoding.answer import AnswerWriter, Form
+from fathom.encoding.body import shown
 from fathom.encoding.conversation import library
 from fathom.encoding.desk import Desk
 from fathom.encoding.dialect import Dialect
@@ -35,7 +36,7 @@ class Conversing(Exchange):
     def __init__(self, protocol: str, body: dict[str, Any], desk: Desk, key: str) -> None:
         self.protocol, self.desk, self.key = protocol, desk, key
         self.model = desk.model(body.get("model"), protocol)
-        self.budget = wishes.budget(body)
+        self.budget = None if desk.strict else wishes.budget(body)
         self._format = wishes.json_format(body) if protocol == "messages" and not desk.strict else None
         body = normalise.NORMALISERS[protocol]({**body, "model": _LIBRARY_MODEL}, desk.strict)
         self.forced = None if desk.strict else wishes.take_choice(body, protocol)
@@ -237,7 +238,10 @@ class Conversing(Exchange):
         given = self._request.conversation
         if given.response_format == "json_object":
             return {"type": "object"}
-        return given.response_schema if given.response_format == "json_schema" else self._format
+        schema = given.response_schema if given.response_format == "json_schema" else self._format
+        if schema is not None and not isinstance(schema, dict):
+            raise RequestError(400, f"a schema must be an object, not {shown(schema)}")
+        return schema
 
     def _call_guide(self, grammars: Grammars, schema: Any) -> AnswerGuide:
         """A forced call begins the answer; one of the model's own will is held to its form once it has begun. Where

@@ -87,6 +87,8 @@ class Grammars:
         return self._string(text_of(form) or "TEXT" if function.strict else "TEXT")
 
     def _tag_open(self, key: str | None) -> str:
+        if key and "\n" in key:
+            raise RequestError(400, f"the markup of calls cannot name a parameter {json.dumps(key)}: rename it")
         name = '/[^"<>\\n]+/' if key is None else json.dumps(key)
         return f'"<" {self.mark} "parameter name=\\"" {name} "\\" string=\\""'
 

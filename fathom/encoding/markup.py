@@ -26,6 +26,9 @@ UNKNOWN = re.compile(f"</?{MARK}[^<>\\n{MARK}{END}]*>?")
 BORDER = re.compile(f"</?{MARK}|</?\\Z|{MARK}|{END}")
 """Where plain text ends: at markup, at a loose control token, or at what may yet become markup."""
 
+_QUOTED = re.compile(r'"[^"]*("|\Z)')
+"""What stands in quotes inside a tag, or begins to: a bracket there does not end it."""
+
 LOOSE = re.compile(f"[{MARK}{END}]")
 
 LONGEST = 400
@@ -61,7 +64,7 @@ def may_be_tag(text: str) -> bool:
         return False
     inside = text[2:]
     broken = MARK in inside[1:] or END in inside or "\n" in inside
-    return not broken and not (">" in inside and inside.count('"') % 2 == 0)
+    return not broken and ">" not in _QUOTED.sub("", inside)
 
 
 def is_json(text: str) -> bool:

@@ -58,10 +58,15 @@ def top_k(body: Mapping[str, Any]) -> int | None:
 
 
 def budget(body: Mapping[str, Any]) -> int | None:
-    """How many tokens the thinking may take."""
+    """How many tokens the thinking may take; None for any number, which some clients write as 0 or -1."""
     thinking = body.get("thinking")
     found = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
-    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
+    if found is None:
+        return None
+    if not isinstance(found, int) or isinstance(found, bool):
+        wrong = f"thinking.budget_tokens must be a whole number, not {shown(found)}"
+        raise RequestError(400, wrong, param="thinking")
+    return found if found > 0 else None
 
 
 def json_format(body: Mapping[str, Any]) -> dict[str, Any] | None:

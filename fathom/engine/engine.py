@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from fathom.api import Event, FinishReason, GenerateRequest, Logprob, Status
+from fathom.api import Event, FinishReason, GenerateRequest, Logprob, SamplingParams, Status
 from fathom.engine.disk import Disk
 from fathom.engine.fingerprint import fingerprint
 from fathom.engine.memory import Memory, furnish, prefill_tokens
@@ -39,6 +39,8 @@ class Core:
             raise ConfigError(f"a context of {max_context} tokens is out of range: this model has from 1 to {longest}")
         self.cache, self._runner = furnish(model, memory, max_context or longest)
         self._memory, self._mark = memory, fingerprint(model, self.cache.form)
+        if self.cache.device.type != "cpu":
+            _warm_up(config.vocab_size, self.cache.device)
         self._disk = Disk(memory.folder, self._mark, memory.disk) if memory.folder else None
         self._begin()
         self.context = min(max_context or longest, self.scheduler.capacity)
@@ -96,7 +98,8 @@ class Core:
             return False
         sampling = [piece.sequence for piece in plan.pieces if piece.samples]
         try:
-            choices = choose(self._runner.run(plan).cpu(), [self._samplers[s] for s in sampling])
+            logits = self._runner.run(plan)
+            choices = choose(logits, [self._samplers[s] for s in sampling]) if sampling else []
         except Exception as error:
             self._fail(plan, error)
             return True
@@ -193,6 +196,12 @@ class Core:
             sequence.sink(event)
         except Exception as error:  # whoever listens must not stop the others
             _log.error("a sink refused an event", exc_info=error)
+
+
+def _warm_up(vocabulary: int, device: torch.device) -> None:
+    """Compile what samples on a device: whole, cut by shares, cut by number."""
+    for params in (SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=2, top_p=0.9)):
+        choose(torch.zeros(1, vocabulary, device=device), [Sampler(params)])
 
 
 def _line(error: Exception) -> str:

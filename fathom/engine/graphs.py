@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from fathom.engine.device_cache import DeviceCache
-from fathom.model.batch import Batch
+from fathom.model.batch import DECODE_TOKENS, Batch
 from fathom.model.transformer import Transformer
 
 _log = logging.getLogger("fathom.engine")
 SIZES = (1, 2, 4, 8, 16, 32)
+MOST = SIZES[-1]
+"""Sequences of a step at most: up to so many, one has the same bits."""
 _WARM_UP = 2
 _NOBODY = -1
 
@@ -42,7 +44,7 @@ class Steps:
     def run(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> Tensor:
         """float32 logits [B, V] on the device of B sequences' tokens; of one sequence at most 8, in order.
 
-        With graphs, the next run overwrites them.
+        No more than MOST. With graphs, the next run overwrites them.
         """
         for slot, position in zip(slots, positions, strict=True):
             self.cache.reach(slot, position + 1)
@@ -58,19 +60,19 @@ class Steps:
 
 
 class Graphs(Steps):
-    """The same as graphs. A step of more sequences than the largest graph's is made launch by launch."""
+    """The same as graphs."""
 
     def __init__(self, model: Transformer, cache: DeviceCache, sizes: Sequence[int] = SIZES) -> None:
         super().__init__(model, cache)
         self._captured: dict[int, _Captured] = {}
-        self.sizes = tuple(sorted({min(size, cache.slots) for size in sizes}))
+        self.sizes = tuple(sizes)
 
     @staticmethod
     def of(model: Transformer, cache: DeviceCache, say: Callable[[str], None] = _log.info) -> Steps:
         """Captured for all sizes; where that fails, the reason is said and steps go without."""
         if cache.device.type != "cuda":
             return Steps(model, cache)
-        graphs = Graphs(model, cache)
+        graphs = Graphs(model, cache, [size for size in SIZES if size < 2 * max(cache.slots, DECODE_TOKENS)])
         try:
             for size in graphs.sizes:
                 graphs.capture(size)
@@ -101,9 +103,7 @@ class Graphs(Steps):
 
     def _run(self, tokens: Sequence[int], where: list[list[int]]) -> Tensor:
         count = len(tokens)
-        size = next((s for s in self.sizes if s >= count), 0)
-        if not size:
-            return super()._run(tokens, where)
+        size = next(s for s in self.sizes if s >= count)
         captured, rest = self._captured[size], size - count
         captured.tokens.copy_(torch.tensor([*tokens, *[0] * rest]), non_blocking=True)
         padded = [[*where[0], *[0] * rest], [*where[1], *[_NOBODY] * rest]]

@@ -61,7 +61,9 @@ def furnish(model: Transformer, memory: Memory, context: int) -> tuple[PagedCach
     device, reason = model.embed.weight.device, unfit(model)
     if not reason:
         cache = _on_a_gpu(model, memory, context)
-        return cache, DeviceRunner(model, cache, Graphs.of(model, cache))
+        runner = DeviceRunner(model, cache, Graphs.of(model, cache))
+        runner.warm_up()
+        return cache, runner
     if device.type == "cuda":
         _log.warning("torch operations instead of kernels, slowly: %s", reason)
     page = PagedCache(model.config, model.numerics, 1, 1, device).page_bytes

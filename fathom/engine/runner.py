@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fathom.engine.cache import PagedCache
 from fathom.engine.device_cache import DeviceCache
-from fathom.engine.graphs import Steps
+from fathom.engine.graphs import MOST, Steps
+from fathom.engine.request import PAGE, pages_for
 from fathom.engine.scheduler import Piece, Plan
 from fathom.model.batch import DECODE_TOKENS, Batch, Span
 from fathom.model.transformer import Transformer
@@ -74,8 +75,21 @@ class DeviceRunner:
         rows = [logits[piece] for piece in plan.pieces if piece.samples]
         return torch.stack(rows) if rows else torch.empty(0, self.model.config.vocab_size, device=self.cache.device)
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what prompts need. What it leaves in slot 0 and the first pages nobody reads."""
+        count = min(2 * PAGE + 1, self.cache.pages * PAGE, self.cache.max_context)
+        self.cache.bind(0, list(range(pages_for(count))))
+        batch = Batch.pieces([Span(0, count, 0)], self.cache.device)
+        ids = torch.zeros(len(batch.positions), dtype=torch.long, device=self.cache.device)
+        self.model.logits(self.model(ids, batch, self.cache))
+
     def _step(self, pieces: list[Piece]) -> Tensor:
         """The next token of every sequence."""
+        parts = [self._together(pieces[i : i + MOST]) for i in range(0, len(pieces), MOST)]
+        return torch.cat(parts)
+
+    def _together(self, pieces: list[Piece]) -> Tensor:
         starts = [piece.start for piece in pieces]
         return self.steps.run([p.sequence.ids[p.start] for p in pieces], starts, [_slot(p) for p in pieces]).clone()
 

@@ -1,12 +1,14 @@
 """From logits to token ids: greedy, temperature, top-k and top-p, guided, reproducible by seed.
 
 Shapes: S rows of a step, one a request; V vocabulary. What costs most is done for all rows at once; no row's result
-depends on the others.
+depends on the others. Logits on the CPU are handled here, in float64; those of another device stay there
+(`device_sampler`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from random import Random
 from typing import TypeAlias
 
@@ -16,10 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fathom.api import Guide, Logprob, SamplingParams
+from fathom.engine import device_sampler
 from fathom.errors import SamplingError
 
 Choice: TypeAlias = tuple[int, Logprob | None]
 Floats: TypeAlias = NDArray[np.float64]
+Masks: TypeAlias = Mapping[int, NDArray[np.uint8]]
+"""By row, a bit for each id, as a guide gives them."""
 
 
 class Sampler:
@@ -32,15 +37,16 @@ class Sampler:
         self.params, self.guide = params, guide
         self.random = Random(params.seed)
 
-    def mask(self, logits_V: Tensor) -> Tensor:
-        """The logits, those of tokens that the guide does not allow at -inf. SamplingError if it allows none."""
+    def allowed(self, size: int) -> NDArray[np.uint8] | None:
+        """The guide's bits of the ids below `size`; None: it allows all. SamplingError if it allows none."""
         bits = self.guide.allowed() if self.guide else None
         if bits is None:
-            return logits_V
-        allowed = np.unpackbits(np.frombuffer(bits, np.uint8), count=logits_V.shape[0], bitorder="little")
+            return None
+        allowed = np.frombuffer(bits[: -(-size // 8)].ljust(-(-size // 8), b"\0"), np.uint8).copy()
+        allowed[-1] &= 0xFF >> -size % 8
         if not allowed.any():
             raise SamplingError("no token fits what the answer must look like: change the schema or the tool choice")
-        return logits_V.masked_fill(torch.from_numpy(allowed) == 0, float("-inf"))
+        return allowed
 
     def draw(self, shares_V: Floats) -> int:
         """A token by its share: the distribution, cut to what top-k and top-p keep, inverted at a uniform number."""
@@ -51,20 +57,36 @@ class Sampler:
         return int(ids[np.searchsorted(mass, point, side="right")])
 
 
-def choose(logits_SV: Tensor, samplers: Sequence[Sampler]) -> list[Choice | Exception]:
-    """A token for each row of float32 logits [S, V] on the CPU, chosen by the row's own sampler and told to its guide,
-    with its log probability if that is wanted; or what the guide raised. A guide is its request's own affair.
+Pick: TypeAlias = Callable[[Tensor, Sequence[Sampler], Masks], tuple[list[int], dict[int, Logprob]]]
+
+
+def choose(logits_SV: Tensor, samplers: Sequence[Sampler], pick: Pick | None = None) -> list[Choice | Exception]:
+    """A token for each row of float32 logits [S, V], chosen by the row's own sampler and told to its guide, with its
+    log probability if that is wanted; or what went wrong. Guide and parameters are its request's own affair.
+
+    pick: how; None: as is best where the logits are.
     """
     errors: dict[int, Exception] = {}
-    tokens = _tokens(_guided(logits_SV, samplers, errors), samplers)
+    masks = _masks(samplers, logits_SV.shape[1], errors)
+    on_host = partial(pick_on_host, errors=errors)
+    pick = pick or (on_host if logits_SV.device.type == "cpu" else device_sampler.pick)
+    tokens, logprobs = pick(logits_SV, samplers, masks)
     for n, (sampler, token) in enumerate(zip(samplers, tokens, strict=True)):
         try:
             if sampler.guide and n not in errors:
                 sampler.guide.accept(token)
         except Exception as error:
             errors[n] = error
-    logprobs = _logprobs(logits_SV, samplers, tokens)
     return [errors.get(n) or (token, logprobs.get(n)) for n, token in enumerate(tokens)]
+
+
+def pick_on_host(
+    logits_SV: Tensor, samplers: Sequence[Sampler], masks: Masks, errors: dict[int, Exception]
+) -> tuple[list[int], dict[int, Logprob]]:
+    """The rows' tokens, and by row the log probabilities that are wanted; logits [S, V] on the CPU. What goes wrong
+    with a row is added to `errors`."""
+    tokens = _tokens(_masked(logits_SV, masks), samplers, errors)
+    return tokens, _logprobs(logits_SV, samplers, tokens)
 
 
 def nucleus(shares_V: Floats, top_k: int | None, top_p: float) -> tuple[NDArray[np.int64], Floats]:
@@ -87,20 +109,31 @@ def logprob(log_V: Floats, token: int, alternatives: int) -> Logprob:
     return Logprob(float(log_V[token]), tuple((i, float(log_V[i])) for i in best))
 
 
-def _guided(logits_SV: Tensor, samplers: Sequence[Sampler], errors: dict[int, Exception]) -> Tensor:
-    """The logits with every guide's mask on them."""
-    if not any(sampler.guide for sampler in samplers):
-        return logits_SV
-    out_SV = logits_SV.clone()
+def _masks(samplers: Sequence[Sampler], size: int, errors: dict[int, Exception]) -> Masks:
+    """What the guides allow, of those that do not allow everything."""
+    masks = {}
     for n, sampler in enumerate(samplers):
         try:
-            out_SV[n] = sampler.mask(out_SV[n])
+            bits = sampler.allowed(size)
         except Exception as error:
             errors[n] = error
+        else:
+            masks.update({} if bits is None else {n: bits})
+    return masks
+
+
+def _masked(logits_SV: Tensor, masks: Masks) -> Tensor:
+    """The logits, those of tokens that a guide does not allow at -inf."""
+    if not masks:
+        return logits_SV
+    rows, size = list(masks), logits_SV.shape[1]
+    allowed = np.unpackbits(np.stack(list(masks.values())), axis=1, count=size, bitorder="little")
+    out_SV = logits_SV.clone()
+    out_SV[rows] = out_SV[rows].masked_fill(torch.from_numpy(allowed) == 0, float("-inf"))
     return out_SV
 
 
-def _tokens(logits_SV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+def _tokens(logits_SV: Tensor, samplers: Sequence[Sampler], errors: dict[int, Exception]) -> list[int]:
     """The likeliest token of each row, or a drawn one where the temperature is above 0."""
     tokens: list[int] = logits_SV.argmax(-1).tolist()
     rows = [n for n, sampler in enumerate(samplers) if sampler.params.temperature]
@@ -110,7 +143,10 @@ def _tokens(logits_SV: Tensor, samplers: Sequence[Sampler]) -> list[int]:
         # Below the maximum, however small the temperature: an infinite logit would leave no share that is a number.
         shares = torch.softmax((wide - wide.amax(-1, keepdim=True)) / heat, -1).numpy()
         for n, shares_V in zip(rows, shares, strict=True):
-            tokens[n] = samplers[n].draw(shares_V)
+            try:
+                tokens[n] = samplers[n].draw(shares_V)
+            except Exception as error:
+                errors.setdefault(n, error)
     return tokens
 
 

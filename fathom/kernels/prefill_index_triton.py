@@ -2,8 +2,8 @@
 
 The torch references are in `prefill` (reference 2.8, 4). Scores are made for as many queries at a time as fit into
 SCRATCH. Index queries are the columns of a product and keys its rows; a query's score of a key does not know of others.
-The choice is a search by halves for the k-th largest score's pattern; above CHUNK keys first in each chunk of so many,
-then among the chunks' best. It is exact for any scores.
+The choice is a search by halves for the pattern of the k-th largest score in each chunk of CHUNK keys, then among the
+best of some chunks, and so on. It is exact for any scores.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -29,9 +29,13 @@ COLUMNS = 32 if PLAIN else 128
 """Queries times heads of a program."""
 TILES = 2 if PLAIN else 16
 """Tiles of keys that a program goes through."""
-CHUNK = 64 if PLAIN else 8192
+CHUNK = 64 if PLAIN else 2048
 """Scores that a program chooses among."""
+SPARSE = 5 if PLAIN else 12
+"""From so many chunks on some are searched first, for a bar that the best of all must reach."""
 _WARPS = 8
+_EACH = 512
+_ALONE, _SETS_BARS, _HAS_BARS = range(3)
 _READ = 16
 """Rows or keys that a program reads."""
 
@@ -101,24 +105,41 @@ def score(q: Tensor, weights: Tensor, keys: Tensor, scales: Tensor, start: int, 
 
 def choose(scores: Tensor, out: Tensor, start: int, number: int) -> None:
     """Into int32 [T, k]: the k best of scores [T, room], of which a query sees as many as its position says."""
+    chunks = triton.cdiv(number, _chunk(out))
+    bars = torch.empty(len(out), dtype=torch.int32, device=out.device)
+    if chunks < SPARSE:
+        _rounds(scores, out, bars, start, number, 1, _ALONE)
+        return
+    # The k-th best score of some chunks: few reach it, so that most chunks need not be searched.
+    _rounds(scores, out, bars, start, number, chunks // 4, _SETS_BARS)
+    _rounds(scores, out, bars, start, number, 1, _HAS_BARS)
+
+
+def _rounds(scores: Tensor, out: Tensor, bars: Tensor, start: int, number: int, every: int, mode: int) -> None:
+    """The best of every so many chunks, of the best of some chunks, and so on."""
     count, k = out.shape
-    chunks = max(1, triton.cdiv(number, CHUNK))
-    best = out if chunks == 1 else torch.empty((count, chunks, k), dtype=torch.int32, device=out.device)
-    block = min(CHUNK, max(power_of_two(number), 128))
-    _choose[(chunks, count)](
-        scores, best, out, start, number, chunks, scores.shape[1] // KEYS, k, power_of_two(k), KEYS, block, CHUNK,
-        **options(scores, _warps(block)),
-    )  # fmt: skip
-    if chunks > 1:
-        block = power_of_two(chunks * k)
-        _choose_last[(count,)](
-            scores, best, out, start, number, chunks, scores.shape[1] // KEYS, k, KEYS, block, CHUNK,
-            **options(scores, _warps(block)),
+    block = _chunk(out)
+    merged = block // k
+    before, lists, span, given = 0, triton.cdiv(max(number, 1), block * every), 0, out
+    while True:
+        best = out if lists == 1 else torch.empty((count, lists, k), dtype=torch.int32, device=out.device)
+        size = block if span or every > 1 else min(block, max(power_of_two(number), 128))
+        _choose[(lists, count)](
+            scores, given, best, out, bars, start, number, scores.shape[1] // KEYS, before, lists, span, every, k,
+            power_of_two(k), KEYS, size, merged, span == 0, mode, **options(scores, _warps(size)),
         )  # fmt: skip
+        if lists == 1:
+            return
+        span, given = span * merged if span else block * every, best
+        before, lists = lists, triton.cdiv(lists, merged)
+
+
+def _chunk(out: Tensor) -> int:
+    return max(CHUNK, 2 * power_of_two(out.shape[1]))
 
 
 def _warps(block: int) -> int:
-    return 1 if PLAIN else min(16, max(2, block // 512))
+    return 1 if PLAIN else min(16, max(2, block // _EACH))
 
 
 @triton.jit(do_not_specialize=["FIRST", "COUNT"])
@@ -234,8 +255,8 @@ def _ordered(s, real):
 
 @triton.jit
 def _taken(order, real, K):
-    """Which K to take (at least so many are real) and how many are taken before and with each: the largest, and of
-    equal ones the first."""
+    """Which K to take (at least so many are real), how many are taken before and with each, and the least pattern that
+    is taken: the largest, and of equal ones the first."""
     low = tl.min(tl.where(real, order, 0x7FFFFFFF), 0).to(tl.int64)
     high = tl.max(order, 0).to(tl.int64) + 1
     count = tl.sum(real.to(tl.int32), 0)
@@ -247,57 +268,56 @@ def _taken(order, real, K):
         count = tl.where(enough, passed, count)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-    bar = low.to(tl.int32)
-    above = real & (order > bar)
-    level = real & (order == bar)
-    room = K - tl.sum(above.to(tl.int32), 0)
-    upto = tl.cumsum(above.to(tl.int32) + (level.to(tl.int32) << 16), 0)
-    equal = (upto >> 16) & 0xFFFF
-    return above | (level & (equal <= room)), (upto & 0xFFFF) + tl.minimum(equal, room)
+    taken = real & (order >= low.to(tl.int32))
+    if count > K:
+        level = real & (order == low.to(tl.int32))
+        room = K - count + tl.sum(level.to(tl.int32), 0)
+        taken = taken & ((order > low.to(tl.int32)) | (tl.cumsum(level.to(tl.int32), 0) <= room))
+    return taken, tl.cumsum(taken.to(tl.int32), 0), low.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["START", "NUMBER", "CHUNKS", "ROOM"])
+@triton.jit(do_not_specialize=["START", "NUMBER", "ROOM", "BEFORE", "LISTS", "SPAN", "EVERY"])
 def _choose(
-    scores, best, out, START, NUMBER, CHUNKS, ROOM, K, KB: tl.constexpr, KEYS: tl.constexpr, B: tl.constexpr,
-    CHUNK: tl.constexpr, PDL: tl.constexpr,
+    scores, given, best, out, bars, START, NUMBER, ROOM, BEFORE, LISTS, SPAN, EVERY, K, KB: tl.constexpr,
+    KEYS: tl.constexpr, B: tl.constexpr, MERGED: tl.constexpr, FIRST: tl.constexpr, MODE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    chunk = tl.program_id(0)
+    """The best of B scores of EVERY times as many, or (not FIRST) of MERGED lists of the best of SPAN entries each."""
+    part = tl.program_id(0)
     t = tl.program_id(1).to(tl.int64)
-    rk = tl.arange(0, KB)
+    r, rk = tl.arange(0, B), tl.arange(0, KB)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     number = tl.minimum((START + tl.program_id(1) + 1) // 4, NUMBER)
-    if number <= K:
-        if chunk == 0:
+    if FIRST:
+        most = B * EVERY
+        some = (number > K) & (part * most < number)
+        if (number <= K) & (part == 0):
             tl.store(out + t * K + rk, tl.where(rk < number, rk, -1), mask=rk < K)
-    elif chunk * CHUNK < number:
-        at = chunk * CHUNK + tl.arange(0, B)
-        real = at < number
-        s = tl.load(scores + t * (ROOM * KEYS) + at, mask=real, other=0.0)
-        own = tl.minimum(K, number - chunk * CHUNK)
-        taken, upto = _taken(_ordered(s, real), real, own)
-        if number <= CHUNK:
-            tl.store(out + t * K + upto - 1, at, mask=taken)
+    else:
+        most = MERGED * SPAN
+        some = (number > tl.maximum(SPAN, K)) & (part * most < number)
+    if some:
+        if FIRST:
+            at = part * most + r
+            real = at < number
         else:
-            place = best + (t * CHUNKS + chunk) * K
-            tl.store(place + upto - 1, at, mask=taken)
-            tl.store(place + rk, -1, mask=(rk >= own) & (rk < K))
-
-
-@triton.jit(do_not_specialize=["START", "NUMBER", "CHUNKS", "ROOM"])
-def _choose_last(
-    scores, best, out, START, NUMBER, CHUNKS, ROOM, K, KEYS: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    number = tl.minimum((START + tl.program_id(0) + 1) // 4, NUMBER)
-    if number > tl.maximum(K, CHUNK):
-        r = tl.arange(0, B)
-        at = tl.load(best + t * CHUNKS * K + r, mask=r < tl.cdiv(number, CHUNK) * K, other=-1)
-        s = tl.load(scores + t * (ROOM * KEYS) + at, mask=at >= 0, other=0.0)
-        taken, upto = _taken(_ordered(s, at >= 0), at >= 0, K)
-        tl.store(out + t * K + upto - 1, at, mask=taken)
+            place = part * MERGED * K + r
+            there = (r < MERGED * K) & (place < tl.cdiv(number, SPAN) * K)
+            at = tl.load(given + t * BEFORE * K + place, mask=there, other=-1)
+            real = at >= 0
+        order = _ordered(tl.load(scores + t * (ROOM * KEYS) + at, mask=real, other=0.0), real)
+        if FIRST and MODE == 2:
+            real = real & (order >= tl.load(bars + t))
+        own = tl.minimum(K, tl.sum(real.to(tl.int32), 0))
+        to = best + (t * LISTS + part) * K
+        if number <= most:
+            to = out + t * K
+        if own > 0:
+            taken, upto, bar = _taken(order, real, own)
+            tl.store(to + upto - 1, at, mask=taken)
+            if MODE == 1:
+                if number <= most:
+                    tl.store(bars + t, bar)
+        tl.store(to + rk, -1, mask=(rk >= own) & (rk < K))

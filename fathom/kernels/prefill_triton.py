@@ -13,6 +13,8 @@ leave tensor cores, which want 64 rows, half empty.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,7 +29,6 @@ ROWS = 16 if PLAIN else 64
 """Rows that a program looks at together."""
 COLUMNS = 16 if PLAIN else 64
 """Queries times heads of a program, if the queries share their rows."""
-_WARPS = 8
 _LOG2_E = 1.4426950408889634
 
 
@@ -44,14 +45,31 @@ def attend(
     entries = near if entries is None or not number else entries
     out = torch.empty((count, heads, width), dtype=q.dtype, device=q.device)
     together = max(1, COLUMNS // column) if ratio and chosen is None else 1
-    tiles = (start + count - 1) // together - start // together + 1
-    _attend[(tiles,)](
+    grid = ((start + count - 1) // together - start // together + 1,)
+    inputs = (
         q.contiguous(), near.contiguous(), entries.contiguous(), near if chosen is None else chosen.contiguous(), sink,
         turn.contiguous(), out, start, count, len(near) - count, number, heads, width**-0.5 * _LOG2_E,
         0 if chosen is None else chosen.shape[1], column, width, 2 * turn.shape[1], span, ratio, together, ROWS,
-        chosen is not None, PLAIN, **options(q, _WARPS, 2),
+        chosen is not None,
     )  # fmt: skip
+    hopper = _hopper(q.device)
+    if hopper is not None and width >= 128 and turn.shape[1] == hopper.PAIRS:
+        small = column <= 32 and together == 1
+        hopper.attend[grid](*inputs, 1 if small else 2, **(hopper.TWICE if small else hopper.ONCE))
+    else:
+        _attend[grid](*inputs, PLAIN, **options(q, 8, 2))
     return out
+
+
+@lru_cache(maxsize=8)
+def _hopper(device: torch.device) -> Any:
+    """The module with Hopper's kernel, on Hopper and where this Triton has Gluon."""
+    if PLAIN or torch.cuda.get_device_capability(device)[0] != 9:
+        return None
+    try:
+        return import_module("fathom.kernels.prefill_hopper_triton")
+    except ImportError:
+        return None
 
 
 @triton.jit

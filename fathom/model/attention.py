@@ -118,14 +118,13 @@ class Attention(nn.Module):
         self, tile: Tile, index_q: Tensor | None, weights: Tensor | None, memory: Memory
     ) -> tuple[Tensor | None, Tensor | None]:
         """A piece's compressed entries, end to end, and in CSA layers which of them each query keeps."""
-        if memory.entries is None:
+        if memory.entries is None or tile.end < self.ratio:
             return None, None
         entries = prefill.unpacked(memory.entries, memory.table, tile.slot, 0, tile.end // self.ratio)
         if index_q is None or weights is None or memory.keys is None:
             return entries, None
         keys = prefill.keys(memory.keys, memory.table, tile.slot, tile.end // 4)
-        scaled = self.indexer.scaled(tile.of(weights)).float()
-        return entries, prefill.select(tile.of(index_q), scaled, *keys, tile.start, self.config.index_topk)
+        return entries, self.indexer.chosen(tile, index_q, weights, keys)
 
     def _stored(self, row: Tensor) -> Tensor:
         return self.numerics.row(row, self.config.qk_rope_head_dim)

@@ -6,6 +6,8 @@ Parameter names are those of the published checkpoints, except that the routed e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from fathom.model.attention import Attention
 from fathom.model.batch import Batch
 from fathom.model.cache import Cache, LayerState, NoState
 from fathom.model.hyper import HyperParameters, hc_head, hc_post, hc_pre
+from fathom.model.indexer import Indexer
 from fathom.model.layers import Linear, Numerics, RMSNorm
 from fathom.model.moe import Experts, Gate, MoE
 from fathom.model.step import Step
@@ -113,6 +116,15 @@ class Transformer(HyperParameters):
         """The MTP block's streams [R, n, D] -> float32 logits [R, V]; embedding and head are shared with the model."""
         block = self._draft_block()
         return self._scores(hc_head(x_RnD, *block.mixing("hc_head"), block.norm, self.config))
+
+    def share_index(self, rank: int, ranks: int, gather: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Have this rank of several choose entries for its part of a prompt's queries; `gather` brings the rest.
+
+        Without it, as when a rank is measured alone, its own choices stand for the others'.
+        """
+        for module in self.modules():
+            if isinstance(module, Indexer):
+                module.share = rank, ranks, gather
 
     def densify(self, dtype: torch.dtype | None = None) -> None:
         """Replace every FP8 and FP4 weight by its exact values in `dtype` (the compute dtype): faster on a CPU.

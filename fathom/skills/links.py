@@ -27,7 +27,8 @@ class Links:
         names = rng.sample(string.ascii_lowercase, size + 1)
         path = names[: hops + 1]
         table = dict(itertools.pairwise(path))
-        table |= {source: rng.choice(names) for source in names[hops + 1 :]}
+        # One name has no pair of its own. Were it always the end of the walk, it would be found without walking.
+        table |= {source: rng.choice(names) for source in rng.sample(names[hops:], size - hops)}
         order = rng.sample(sorted(table), len(table))
         pairs = ",".join(f"{source}>{table[source]}" for source in order)
         question = phrase(rng, _ASK, pairs=pairs, first=path[0], hops=hops)

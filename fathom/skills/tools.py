@@ -132,6 +132,7 @@ class Tools:
         listed = ", ".join(f"{key}: {value}" for key, value in arguments.items())
         both = traces(f"{chosen.name}", f"{chosen.name}, {listed}")
         schemas = tuple(function.schema() for function in offered)
+        # The pools are too small to keep contents for evaluation: the wording is the key.
         return Task(self.name, level, question, "", both, question, schemas, (chosen.name, arguments))
 
     def verify(self, task: Task, completion: Completion) -> bool:

@@ -71,7 +71,7 @@ def value(rng: random.Random) -> tuple[str, str]:
 
 
 def parameter(rng: random.Random) -> str:
-    key = rng.choice(("city", "days", "q", "my key", 'a"b', "back\\", "ключ"))
+    key = rng.choice(("city", "days", "q", "my key", 'a"b', "back\\", "ключ", "k>", "a<b"))
     string, inner = value(rng)
     quote = rng.choice('""""\'')
     attribute = rng.choice((f" string={quote}{string}{quote}",) * 5 + ("",))

@@ -216,6 +216,7 @@ CALLS: dict[str, tuple[str, list[tuple[str, dict[str, Any]]]]] = {
     "a block opened twice": (OPEN + block(invoke(param("1"))), one(q="1")),
     "a second block": (block(invoke(param("1"))) + "\n\n" + block(invoke(param("2"))), one(q="1") + one(q="2")),
     "a key with a space": (block(invoke(param("v", 'name="my key" string="true"'))), one(**{"my key": "v"})),
+    "a key with a closing bracket": (block(invoke(param("v", 'name="k>" string="true"'))), one(**{"k>": "v"})),
     "a key with a quote": (block(invoke(param("v", 'name="a"b" string="true"'))), one(**{'a"b': "v"})),
     "a key with a backslash": (block(invoke(param("v", 'name="a\\b" string="true"'))), one(**{"a\\b": "v"})),
     "a key that ends in a backslash": (block(invoke(param("v", 'name="a\\" string="true"'))), one(**{"a\\": "v"})),

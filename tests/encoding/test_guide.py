@@ -326,6 +326,8 @@ def test_schemas_that_end_nowhere_are_anything(grammars: Grammars) -> None:
 def test_a_schema_that_cannot_be_enforced_is_refused(grammars: Grammars) -> None:
     with pytest.raises(RequestError, match="cannot be enforced"):
         grammars.json({"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)y"}}})
+    with pytest.raises(RequestError, match=r'"x\\ny"'):
+        grammars.calls([Function("f", {"type": "object", "properties": {"x\ny": {}}})], "")
 
 
 # --- when it begins, and what never may be

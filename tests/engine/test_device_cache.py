@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from fathom.api import FinishReason, SamplingParams
 from fathom.checkpoint.synthetic import synthetic_model
 from fathom.config import WEIGHTS, ModelConfig
+from fathom.engine import memory as furnishing
 from fathom.engine.device_cache import DeviceCache
+from fathom.engine.engine import Core
 from fathom.engine.graphs import Steps
+from fathom.engine.memory import Memory
+from fathom.engine.service import Service
 from fathom.errors import ContextError
 from fathom.model.batch import Batch, Span
 from fathom.model.cache import ContiguousCache
@@ -93,6 +99,30 @@ def test_a_state_and_blocks_bring_a_sequence_back(model: torch.nn.Module) -> Non
     assert torch.equal(read(model, fresh, [(tokens, Span(256, 128, 2))]), want)
     steps = [Steps(model, c).run([int(tokens[384])], [384], [s]) for c, s in ((cache, 0), (fresh, 2))]
     assert torch.equal(*steps)
+
+
+def answers(model: torch.nn.Module, prompts: list[list[int]], at_once: bool, memory: Memory) -> list[list[int]]:
+    service = Service(Core(model, 1024, memory))
+    params = SamplingParams(max_tokens=9, temperature=0.0)
+    requests = [(prompt, params) for prompt in prompts]
+    runs = service.generate_batch(requests) if at_once else [list(service.generate(*r)) for r in requests]
+    service.close()
+    assert all(events[-1].finish == FinishReason.LENGTH for events in runs)
+    return [[e.token for e in events if e.token is not None] for events in runs]
+
+
+def test_an_engine_over_it(model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, in company, short of pages, from memory and from files: the same answers."""
+    monkeypatch.setattr(furnishing, "unfit", lambda model: "")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 34))
+    one = DeviceCache(CONFIG, 1, 1, 1024, "meta")
+    size = 3 * (one.slot_bytes + 32)
+    shared = ids(40, 300).tolist()
+    prompts = [shared[:n] + ids(n, 20).tolist() for n in (300, 260, 131, 1, 300)]
+    want = answers(model, prompts, False, Memory(device=size + 24 * one.page_bytes, slots=3, host=0, prefill=512))
+    for pages, folder in ((24, None), (6, None), (7, tmp_path), (8, tmp_path)):
+        room = Memory(device=size + pages * one.page_bytes, slots=3, prefill=128, folder=folder)
+        assert answers(model, prompts, True, room) == want, pages
 
 
 @torch.inference_mode()

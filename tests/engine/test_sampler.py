@@ -166,6 +166,13 @@ def test_a_guide_that_fails_or_allows_nothing_fails_alone() -> None:
     assert (free, guided) == ((1, None), (2, None))
 
 
+def test_a_draw_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, guided = Sampler(SamplingParams(seed=1)), Allow([2], 9)
+    monkeypatch.setattr(wrong, "draw", lambda shares: 1 // 0)
+    found = choose(torch.eye(9)[:2], [wrong, Sampler(SamplingParams(seed=1), guided)])
+    assert isinstance(found[0], ZeroDivisionError) and found[1] == (2, None) and guided.told == [2]
+
+
 def test_log_probabilities_are_the_model_s_own() -> None:
     """Before temperature, cuts and guide; equal alternatives in the order of their ids."""
     logits = torch.tensor([[1.0, 2.0, 2.0, -3.0, 0.5]])
@@ -193,6 +200,12 @@ def test_no_alternatives_and_more_than_there_are() -> None:
         ("temperature", math.nan, "temperature nan"),
         ("top_p", 0.0, "top_p 0.0 .* at most 1"),
         ("top_p", 1.5, "top_p 1.5"),
+        ("temperature", "0.5", "temperature '0.5' .* a number"),
+        ("temperature", True, "temperature True .* a number"),
+        ("top_k", 5.5, "top_k 5.5 .* a whole number"),
+        ("top_k", 3.0, "top_k 3.0 .* a whole number"),
+        ("seed", True, "seed True .* a whole number"),
+        ("max_tokens", 1.5, "max_tokens 1.5 .* a whole number"),
         ("top_k", 0, "top_k 0 .* at least 1"),
         ("max_tokens", 0, "max_tokens 0 .* at least 1"),
         ("seed", -1, "seed -1 .* from 0"),

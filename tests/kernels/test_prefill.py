@@ -115,6 +115,16 @@ def test_attention_has_the_same_bits_however_it_is_cut(shape: tuple[int, int, in
         assert torch.equal(torch.cat([prompt.attend(a, b) for a, b in pairwise(cuts)]), whole)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs nothing else")
+@pytest.mark.parametrize("shape", [LARGE[0], LARGE[4]])
+def test_attention_without_instructions_of_one_chip(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    ratio, length, *rest = shape
+    prompt = Prompt(11, ratio, length, *rest)
+    first = prompt.attend(length - 200, length)
+    monkeypatch.setattr(attention, "_hopper", lambda _: None)
+    assert error(prompt.attend(length - 200, length), first) < TOLERANCE
+
+
 def indexed(seed: int, count: int, number: int, heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     q, w = quant.fp4_sim(rand(g, count, heads, dim)).bfloat16(), rand(g, count, heads) * (heads * dim) ** -0.5
@@ -123,7 +133,10 @@ def indexed(seed: int, count: int, number: int, heads: int, dim: int) -> tuple[T
 
 
 CASES = (
-    [(5, 40, 3, 32, 8, 90), (3, 200, 4, 32, 16, 700), (20, 40, 4, 64, 32, 100), (9, 30, 4, 32, 32, 3)]
+    [
+        (5, 40, 3, 32, 8, 90), (3, 200, 4, 32, 16, 700), (20, 40, 4, 64, 32, 100), (9, 30, 4, 32, 32, 3),
+        (3, 420, 2, 32, 8, 1660),
+    ]
     if INTERPRETED
     else [
         (300, 2600, 64, 128, 512, 10000), (300, 600, 64, 128, 512, 1900), (77, 200, 64, 128, 512, 701),

@@ -41,6 +41,8 @@ WRONG: list[dict[str, Any]] = [
     {"temperature": -1},
     {"top_p": 0},
     {"top_p": 1.5},
+    {"top_k": 5.5},
+    {"thinking": {"type": "enabled", "budget_tokens": "x"}},
     {"seed": "x"},
     {"seed": 2**70},
     {"stop": 7},
@@ -61,6 +63,8 @@ WRONG: list[dict[str, Any]] = [
     {"response_format": {"type": "poem"}},
     {"response_format": {"type": "json_schema"}},
     {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": False}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": True}}, "tools": [T1]},
     {"thinking": "yes"},
 ]
 """Fields of a chat completion that no sensible client sends."""
@@ -105,6 +109,7 @@ WRONG_RESPONSES: list[dict[str, Any]] = [
     {"tools": [T1_RESPONSES | {"name": 7}]},
     {"max_output_tokens": -1},
     {"text": {"format": {"type": "json_schema", "name": "x", "schema": 7}}},
+    {"text": {"format": {"type": "json_schema", "name": "x", "schema": False}}},
     {"reasoning": 7},
 ]
 

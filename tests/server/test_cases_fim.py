@@ -70,7 +70,11 @@ def test_control_tokens_neither_come_in_nor_go_out(site: Site) -> None:
         {"model": "foo"},
         {"stream": "no"},
         {"echo": 1},
+        {"suffix": []},
         {"top_k": "x"},
+        {"top_k": 5.5},
+        {"temperature": "0.5"},
+        {"seed": 1.5},
     ],
 )
 def test_wrong_fields(site: Site, fields: dict[str, object]) -> None:

@@ -103,6 +103,12 @@ def test_answers_equal_a_second_solution(name: str) -> None:
         assert SOLVERS[name](task.question) == task.answer, task.question
 
 
+def test_the_end_of_a_walk_is_not_told_by_its_missing_pair() -> None:
+    drawn = tasks("links")
+    shortcut = sum(f"{task.answer}>" not in task.question for task in drawn) / len(drawn)
+    assert 0.15 < shortcut < 0.35
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_verifiers_accept_the_answer_and_nothing_else(name: str) -> None:
     drawn = tasks(name)
