@@ -255,7 +255,8 @@ def test_a_conversation_is_counted(page: Any, site: Site) -> None:
     assert 0 < hit == shared // 128 * 128 and prompt == len(site.prompt(1))
     turn, both = page.locator("#turn-cost").inner_text(), page.locator("#total-cost").inner_text()
     assert float(first.strip("$")) + float(turn.strip("$")) == pytest.approx(float(both.strip("$")), rel=0.1)
-    assert 10 < int(page.locator("#speed").inner_text().split()[0]) <= 100
+    # A hundred a second; more on a busy machine, where the first ones arrive together.
+    assert 10 < int(page.locator("#speed").inner_text().split()[0]) <= 150
     last(page).locator("summary").click()
     page.locator("#input").focus()
     page.locator("#chat").evaluate("view => { view.scrollTop = view.scrollHeight; }")
