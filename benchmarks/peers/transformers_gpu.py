@@ -70,10 +70,12 @@ def _empty(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.
 
 
 def _keep_float32(model: Any) -> None:
+    """What they say, but for the norms' weights: those are BF16 as published, and widened their 5.17 does not run."""
     kept = set(model._keep_in_fp32_modules_strict or ())
     for module_name, module in model.named_modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if kept & {*module_name.split("."), name} and tensor.is_floating_point():
+            named = kept & {*module_name.split("."), name} and not module_name.endswith("norm")
+            if named and tensor.is_floating_point():
                 tensor.data = tensor.data.float()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -29,18 +30,30 @@ _ROOM = 128
 
 
 def measure_peer(job: DeviceJob, config: ModelConfig, place: torch.device) -> dict[str, Any]:
-    """The part of a report that is measured: a row for each context."""
+    """The part of a report that is measured: a row for each context. Fewer experts where all of them do not fit."""
+    import torch
+
     if job.ranks > 1 or not job.synthetic:
         raise ConfigError("--peer on a GPU compares whole models of random weights: use --synthetic, not --rank-of-two")
     peer_script(str(job.peer))
     sys.path.insert(0, str(ROOT))
-    side = import_module("benchmarks.peers.transformers_gpu")
+    side = import_module("benchmarks.peers.transformers_gpu").Theirs
+    while True:
+        try:
+            rows = _rows(job, config, place, side)
+            return {"peer_version": _version(), "experts": config.n_routed_experts, "rows": rows}
+        except torch.OutOfMemoryError:
+            if config.n_routed_experts // 2 < config.num_experts_per_tok:
+                raise
+            config = replace(config, n_routed_experts=config.n_routed_experts // 2)
+        torch.cuda.empty_cache()
 
+
+def _rows(job: DeviceJob, config: ModelConfig, place: torch.device, side: Any) -> list[dict[str, Any]]:
     with inference():
         ours, _, _ = model_on(job, config, place)
-        theirs = side.Theirs(ours, place)
-        rows = [_row(job, ours, theirs, context, place) for context in job.contexts]
-    return {"peer_version": _version(), "rows": rows}
+        theirs = side(ours, place)
+        return [_row(job, ours, theirs, context, place) for context in job.contexts]
 
 
 def _version() -> str:

@@ -35,6 +35,7 @@ def _runs(tokens: int) -> int:
     return 3 if tokens <= _LONG else 1
 
 
+_WARM = 4
 _LONG = 1 << 17
 """A prompt of more tokens is computed once, others several times."""
 
@@ -52,7 +53,7 @@ class PrefillBench:
     def row(self, tokens: int, runs: int, samples: int = 0) -> dict[str, Any]:
         """One line of the table. samples: so many chunks alone, spread over the prompt; 0: the prompt, `runs` times."""
         prompt = Prompt(self.model, self.place, random_ids(self.config, tokens), self.job.chunk, self.job.packed)
-        prompt.chunk(0)  # kernels are compiled
+        prompt.warm()
         if samples:
             filled(prompt.cache)
             chosen = [round((i + 0.5) * len(prompt.starts) / samples - 0.5) for i in range(samples)]
@@ -133,6 +134,11 @@ class Prompt:
         for number in range(len(self.starts)):
             logits = self.chunk(number)
         return logits
+
+    def warm(self) -> None:
+        """Compute chunks of every kind, so that kernels are compiled."""
+        for number in sorted({0, *range(min(_WARM, len(self.starts))), len(self.starts) - 1}):
+            self.chunk(number)
 
 
 def _sequence(ids: Sequence[int], pages: int) -> Request:

@@ -53,6 +53,7 @@ def remarks(r: Row) -> Iterator[str]:
     """How to read the table, and figures that are not in it."""
     if r.get("peer"):
         yield f"Theirs: transformers {r['peer_version']}, eager, the same weights in BF16. Wall-clock, token to token."
+        yield f"{r['experts']} experts a layer; cosine: of the logits after the prompt."
         return
     yield f"Weights {r['weights_bytes'] / 1e9:.2f} GB, in place after {r['weights_seconds']:.1f} s."
     if r["together"]:

@@ -145,7 +145,7 @@ def test_words_of_other_reports() -> None:
         "context": 1024, "seconds": 0.001, "low": 0.001, "high": 0.0012, "peer_seconds": 0.0273,
         "peer_low": 0.026, "peer_high": 0.03, "ratio": 27.3, "agreement": 0.999,
     }  # fmt: skip
-    changed = {"ranks": 1, "launches": None, "peer": "transformers", "peer_version": "5.17"}
+    changed = {"ranks": 1, "launches": None, "peer": "transformers", "peer_version": "5.17", "experts": 256}
     text = "\n".join(lines(decode_report(rows=[peer], **changed)))
     assert "transformers 5.17" in text and "27.3" in text and "27.30" in text
 
@@ -182,6 +182,9 @@ def test_transformers_gets_our_weights(clone: None) -> None:
     want = ours.logits(ours(ids, Batch.packed([141])))
     assert relative_error(theirs.prefill(ids[:140]), want[139]) < 1e-3
     assert relative_error(theirs.step(ids[140:]), want[140]) < 1e-3
+    rounded = Theirs(ours, torch.device("cpu"))
+    assert relative_error(rounded.prefill(ids[:140]).float(), want[139]) < 0.1
+    assert rounded.step(ids[140:]).dtype == torch.bfloat16
 
 
 def test_more_experts_are_more_to_read() -> None:
