@@ -21,7 +21,21 @@ from fathom.cli.bench_table import breakdown, grid, heading, remarks, rows_of
 RESULTS = Path(__file__).parent / "results"
 Part = Callable[[], dict[str, Any]]
 
-TARGETS: Mapping[str, tuple[float | None, float | None]] = {}
+TARGETS: Mapping[str, tuple[float | None, float | None]] = {
+    "decode 4096 x 1, fp8 keys, ms": (3.3, 2.75),
+    "decode 131072 x 1, fp8 keys, ms": (4.13, 3.03),  # 1.25 and 1.1 times that of 4K
+    "decode 1048576 x 1, fp8 keys, ms": (4.13, 3.03),
+    "decode 4096 x 8, fp8 keys, ms": (9, 7),
+    "decode 4096 x 32, fp8 keys, ms": (22, 16),
+    "decode 131072 x 32, fp8 keys, ms": (22, 16),
+    "prefill of 32768, tok/s": (20_000, 30_000),
+    "prefill of 1048576, tok/s": (8_738, 14_980),  # 120 s and 70 s
+    "KV of a sequence of 1048576, fp8 keys, GB": (4.183, None),  # 8.3 and 7.6 % of V3.2's
+    "KV of a sequence of 1048576, fp4 keys, GB": (3.831, None),
+    "first token, s, graphs of 6 sizes": (30, None),
+    "decode after 1024, times transformers": (25, 35),
+    "decode after 8192, times transformers": (25, 35),
+}
 """Asked and stretch by what the page calls a figure (`figures`); milliseconds, tokens a second, seconds, or times."""
 
 
