@@ -1,11 +1,11 @@
-"""Each Triton kernel alone at V4-Flash's sizes on one GPU: microseconds a launch beside the floor of its bytes.
+"""Each kernel alone at V4-Flash's sizes on one GPU: microseconds a launch beside the floor of its bytes and products.
 
     python benchmarks/kernels.py [--only small,linear,experts,prefill] [--json FILE] [--markdown FILE]
 
 Weights are random; their shapes and bytes are the model's. A figure is the median of eight replays of a CUDA graph that
 runs the op once over each of many weight sets, more than the L2 cache holds. The floor is what the op must read and
-write at 4.3 TB/s, the H200's measured copy rate; for `prefill`, what it must multiply at the measured rate of products
-(736 TFLOP/s BF16, 1367 FP8). TP2 is one rank of two: half of the heads and of the experts' width.
+write at 4.3 TB/s, the H200's measured copy rate, or, where that takes longer, what it must multiply at the rate of large
+products (736 TFLOP/s BF16, 1367 FP8). TP2 is one rank of two: half of the heads and of the experts' width.
 The tests of a kernel say that it is right: run `pytest -m gpu tests/kernels` first.
 """
 
@@ -25,14 +25,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fathom.kernels import experts_many_triton as fp4_many
 from fathom.kernels import experts_triton as fp4
 from fathom.kernels import linear_triton as dense
 from fathom.kernels import prefill, prefill_index_triton, prefill_read_triton, prefill_triton
-from fathom.kernels import streams_triton as streams
-from fathom.kernels.experts_many_triton import grouped_down, grouped_gate_up, many, schedule
+from fathom.kernels import streams_cuda as streams
+from fathom.kernels.experts_plan_triton import by_slot, planned
 from fathom.kernels.norm_triton import rms_norm
 from fathom.kernels.quant import fp4_sim
-from fathom.kernels.quant_triton import HALVES, PAIRS, fp8_sim, gated, quantise
+from fathom.kernels.quant_triton import fp8_sim, gated, quantise
 from fathom.kernels.router_triton import route
 from fathom.kernels.stored import Keys, Rows
 
@@ -71,9 +72,12 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 8) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def report(op: str, shape: str, tokens: int, calls: Sequence[Callable[[], object]], size: float) -> None:
-    """One line of the table; `size` bytes are what a call must at least move."""
-    us, floor = graph_us(calls), size / RATE
+def report(
+    op: str, shape: str, tokens: int, calls: Sequence[Callable[[], object]], size: float, products: float = 0.0
+) -> None:
+    """One line of the table; `size` bytes are what a call must at least move, and `products` the microseconds of its
+    arithmetic."""
+    us, floor = graph_us(calls), max(size / RATE, products)
     rows.append({"op": op, "shape": shape, "tokens": tokens, "us": round(us, 2), "floor_us": round(floor, 2)})
     print(f"{op:26} {shape:24} {tokens:6} {us:9.2f} us  floor {floor:8.2f}  {floor / us * 100:5.1f} %", flush=True)
 
@@ -107,16 +111,18 @@ def linear() -> None:
     """FP8 linears of a layer, BF16 ones with float32 results, and the head."""
     for name, n, k, groups in LINEARS:
         sets = [(e4m3(n, k), e8m0(n // 128, k // 128)) for _ in range(many_of(n * k))]
-        for m in (1, 2, 4, 8, 16, 32, 64, 128, 4096):
+        for m in (1, 2, 4, 8, 16, 32, 64, 128, 1024, 4096, 8192):
             x = fp8_sim(bf16(m, groups * k), 128)
             calls = [partial(dense._product, x, w, s, groups, torch.bfloat16) for w, s in sets[: 64 if m < 99 else 4]]
-            report("fp8 linear", f"{name} {n}x{k}", m, calls, n * k + 2 * m * (groups * k + n))
+            products = 2 * m * n * k / (FP8_RATE if groups == 1 else BF16_RATE)
+            report("fp8 linear", f"{name} {n}x{k}", m, calls, n * k + 2 * m * (groups * k + n), products)
     for name, n in FLOATS:
         weights = [bf16(n, HIDDEN) for _ in range(64)]
-        for m in (1, 8, 32, 4096):
+        for m in (1, 8, 32, 128, 4096, 8192):
             x = bf16(m, HIDDEN)
             calls = [partial(dense.linear, x, w, dtype=torch.float32) for w in weights[: 64 if m < 99 else 8]]
-            report("bf16 linear, f32 out", f"{name} {n}x{HIDDEN}", m, calls, 2 * n * HIDDEN + m * (2 * HIDDEN + 4 * n))
+            size, products = 2 * n * HIDDEN + m * (2 * HIDDEN + 4 * n), 2 * m * n * HIDDEN / BF16_RATE
+            report("bf16 linear, f32 out", f"{name} {n}x{HIDDEN}", m, calls, size, products)
     for n in (129280, 64640):
         heads = [bf16(n, HIDDEN) for _ in range(2)]
         for m in (1, 8, 32):
@@ -133,62 +139,45 @@ def experts() -> None:
         ]
         scales = [e8m0(e, n, k // 32) for e, n, k in shapes]
         layer = fp4.Fp4Experts(words[0], scales[0].view(torch.uint8), words[1], scales[1].view(torch.uint8))
-        for tokens in (1, 2, 4, 8, 16, 32, 64):
-            few_experts(layer, tokens, width)
-        for tokens in (128, 512, 4096):
-            many_experts(layer, tokens, width)
+        for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096, 8192):
+            whole_experts(layer, tokens, width)
+            if tokens > fp4.MOST_FEW:
+                expert_products(layer, tokens, width)
 
 
 def routings(tokens: int, count: int) -> list[Tensor]:
     return [torch.rand(tokens, EXPERTS, device=GPU).topk(TOPK, -1).indices.int() for _ in range(count)]
 
 
-def few_experts(layer: fp4.Fp4Experts, tokens: int, width: int) -> None:
-    chosen = routings(tokens, 40 if tokens < 4 else 10)
-    links = [fp4.chain(ids) if tokens > 1 else None for ids in chosen]
-    one = sum(ids.unique().numel() for ids in chosen) / len(chosen) * width * HIDDEN * (1 / 2 + 1 / 32)
-    shares = torch.rand(tokens, TOPK, device=GPU)
-    x, h = quantise(bf16(tokens, HIDDEN), PAIRS), quantise(bf16(tokens * TOPK, width), PAIRS)
-    both = list(zip(chosen, links, strict=True))
-    report(
-        "fp4 gate + up",
-        f"I {width}",
-        tokens,
-        [partial(fp4.gate_up, *x, c, shares, layer, LIMIT, a) for c, a in both],
-        2 * one,
-    )
-    report("fp4 down", f"I {width}", tokens, [partial(fp4.down, *h, c, layer, a) for c, a in both], one)
-    y, shared = fp8_sim(bf16(tokens, HIDDEN), 128), bf16(tokens, HIDDEN)
-    report(
-        "fp4 experts, whole",
-        f"I {width}",
-        tokens,
-        [partial(fp4.few, y, c, shares, layer, LIMIT, shared) for c in chosen],
-        3 * one,
-    )
+def expert_floor(chosen: Sequence[Tensor], width: int) -> tuple[float, float]:
+    """Of one of the three matrices of every chosen expert: bytes, and microseconds of products."""
+    distinct = sum(ids.unique().numel() for ids in chosen) / len(chosen)
+    return distinct * width * HIDDEN * (1 / 2 + 1 / 32), 2 * chosen[0].numel() * width * HIDDEN / FP8_RATE
 
 
-def many_experts(layer: fp4.Fp4Experts, tokens: int, width: int) -> None:
+def whole_experts(layer: fp4.Fp4Experts, tokens: int, width: int) -> None:
+    chosen = routings(tokens, 40 if tokens < 4 else 10 if tokens < 99 else 4)
+    size, products = expert_floor(chosen, width)
+    shares, shared = torch.rand(tokens, TOPK, device=GPU), bf16(tokens, HIDDEN)
+    x, stored = fp8_sim(bf16(tokens, HIDDEN), 128), (layer.w13, layer.s13, layer.w2, layer.s2)
+    calls = [partial(fp4.experts, x, c, shares, *stored, LIMIT, True, shared) for c in chosen]
+    report("fp4 experts, whole", f"I {width}", tokens, calls, 3 * size, 3 * products)
+
+
+def expert_products(layer: fp4.Fp4Experts, tokens: int, width: int) -> None:
+    """Both products of many tokens without what stands around them."""
     chosen, shares = routings(tokens, 4), torch.rand(tokens, TOPK, device=GPU)
-    plans = [schedule(ids, EXPERTS) for ids in chosen]
-    x, h = quantise(bf16(tokens, HIDDEN), HALVES)[0], quantise(bf16(tokens * TOPK, width), HALVES)[0]
-    one = EXPERTS * width * HIDDEN * (1 / 2 + 1 / 32)
-    report(
-        "fp4 gate + up",
-        f"I {width}",
-        tokens,
-        [partial(grouped_gate_up, x, shares, layer, p, LIMIT) for p in plans],
-        2 * one,
-    )
-    report("fp4 down", f"I {width}", tokens, [partial(grouped_down, h, layer, p) for p in plans], one)
-    y, shared = fp8_sim(bf16(tokens, HIDDEN), 128), bf16(tokens, HIDDEN)
-    report(
-        "fp4 experts, whole",
-        f"I {width}",
-        tokens,
-        [partial(many, y, c, shares, layer, LIMIT, shared) for c in chosen],
-        3 * one,
-    )
+    size, products = expert_floor(chosen, width)
+    tops = fp4_many.tops_of(layer)
+    assert tops is not None
+    plans = [planned(ids, EXPERTS) for ids in chosen]
+    x, scales = quantise(bf16(tokens, HIDDEN))
+    h, own = quantise(bf16(len(plans[0].pairs), width))
+    factors = by_slot(own, plans[0])
+    ups = [partial(fp4_many.gate_up, x, by_slot(scales, p, shares), layer, tops[0], p, LIMIT) for p in plans]
+    report("fp4 gate + up", f"I {width}", tokens, ups, 2 * size, 2 * products)
+    downs = [partial(fp4_many.down, h, factors, layer, tops[1], p, chosen[0].numel()) for p in plans]
+    report("fp4 down", f"I {width}", tokens, downs, size, products)
 
 
 def small() -> None:
@@ -197,7 +186,7 @@ def small() -> None:
     fns = [torch.randn(24, STREAMS * HIDDEN, device=GPU) / 128 for _ in range(count)]
     scale, base, weight = torch.randn(3, device=GPU), torch.randn(24, device=GPU), bf16(HIDDEN)
     bias, table = torch.randn(EXPERTS, device=GPU), torch.randint(0, EXPERTS, (1000, TOPK), device=GPU)
-    for m in (1, 8, 32, 4096):
+    for m in (1, 8, 32, 128, 4096, 8192):
         some = count if m < 99 else 4
         x, y, one = bf16(m, STREAMS, HIDDEN), bf16(m, HIDDEN), m * HIDDEN * 2.0
         _, post, comb = streams.before(x, fns[0], scale, base, weight, EPS, EPS, 20)
@@ -246,7 +235,7 @@ def prefill_attention(shape: str, start: int, ratio: int) -> None:
     turn, sink = torch.stack((angle.cos(), angle.sin()), -1), torch.randn(32, device=GPU)
     flop = 4.0 * 32 * WIDTH * float((seen + (position + 1).clamp_max(SPAN)).sum())
     call = partial(prefill_triton.attend, q, near, entries, chosen, sink, turn, start, ratio, SPAN)
-    report("attention", shape, QUERIES, [call], flop / BF16_RATE * RATE)
+    report("attention", shape, QUERIES, [call], 0.0, flop / BF16_RATE)
 
 
 def prefill_index(depth: str, start: int) -> None:
@@ -268,7 +257,7 @@ def prefill_index(depth: str, start: int) -> None:
     pairs = float(((torch.arange(start, start + QUERIES) + 1) // 4).sum())
     call = partial(prefill_index_triton.select, q, weights, keys, scales, start, CHOSEN)
     flop = 2.0 * INDEX_HEADS * INDEX_DIM * pairs
-    report("indexer", depth, QUERIES, [call], flop / FP8_RATE * RATE)
+    report("indexer", depth, QUERIES, [call], 0.0, flop / FP8_RATE)
 
 
 SECTIONS: dict[str, Callable[[], None]] = {

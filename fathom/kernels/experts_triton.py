@@ -111,12 +111,12 @@ def down(x: Tensor, scales: Tensor, chosen: Tensor, weights: Fp4Experts, links: 
 
 
 def combine(parts: Tensor, k: int, shared: Tensor | None = None) -> Tensor:
-    """The sum over each token's k pairs in their order, parts [T * k, D] float32: float32 [T, D].
+    """The sum over each token's k pairs in their order, parts [T * k, D] float32 or BF16: float32 [T, D].
 
     With `shared` [T, D] that is added last, and the sum has its dtype.
     """
     tokens, hidden = parts.shape[0] // k, parts.shape[1]
-    out = torch.empty((tokens, hidden), dtype=parts.dtype if shared is None else shared.dtype, device=parts.device)
+    out = torch.empty((tokens, hidden), dtype=torch.float32 if shared is None else shared.dtype, device=parts.device)
     block = 512
     _combine[(triton.cdiv(hidden, block), tokens)](
         parts, parts if shared is None else shared, out, hidden, k, block, shared is not None, **options(parts, 4)
@@ -322,7 +322,7 @@ def _combine(parts, shared, out, D, TOPK: tl.constexpr, B: tl.constexpr, SHARED:
         gdc_wait()
     total = tl.zeros((B,), tl.float32)
     for j in tl.static_range(TOPK):
-        total += tl.load(parts + (t * TOPK + j) * D + r, mask=r < D, other=0.0)
+        total += tl.load(parts + (t * TOPK + j) * D + r, mask=r < D, other=0.0).to(tl.float32)
     if SHARED:
         total += tl.load(shared + t * D + r, mask=r < D, other=0.0).to(tl.float32)
     tl.store(out + t * D + r, total.to(out.dtype.element_ty), mask=r < D)

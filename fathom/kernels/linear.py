@@ -75,7 +75,7 @@ class Part:
     dtype: torch.dtype | None = None
 
 
-@beside("linear_cuda")
+@beside("linear_triton")
 def linears(x: Tensor, parts: Sequence[Part], norm: Tensor | None = None, eps: float = 0.0) -> list[Tensor]:
     """Several linears of x [T, K], RMS-normalised first where there is a `norm` [K]: one [T, N] for each part."""
     x = x if norm is None else rms_norm(x, norm, eps)

@@ -1,17 +1,17 @@
 """y = x W^T on a GPU for stored FP8, BF16 and float32 weights. Reference 4; the references are in `linear`.
 
 Two classes of results. In each a row has the same bits whatever other rows there are:
-  few    up to FEW rows: `linear_cuda`; where that lacks the form a program holds its whole tile of weights in
-         registers, loaded before it waits for the kernel before it, and multiplies in float32 without tensor cores.
-         Every product is exact; only the sum rounds.
-  tiles  more rows: tensor cores, BF16 operands (exact: FP8 times a power of two), sums in float32 in the order of K.
-         Rows in float32 are cut into three BF16 pieces, whose products are exact too.
+  few    up to FEW rows, a decode step: `linear_cuda`; where that lacks the form a program holds its whole tile of
+         weights in registers, loaded before it waits for the kernel before it, and multiplies in float32 without tensor
+         cores. Every product is exact; only the sum rounds.
+  many   more rows, prefill: `product_triton`, on tensor cores.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fathom.kernels.common_triton import PLAIN, fetch, from_e8m0, operand, options, power_of_two
+from fathom.kernels import linear as references
+from fathom.kernels import linear_cuda
+from fathom.kernels.common_triton import PLAIN, fetch, from_e8m0, options, power_of_two
 from fathom.kernels.linear import Part
-from fathom.kernels.linear_cuda import linears
+from fathom.kernels.norm import rms_norm
+from fathom.kernels.product_triton import eights, sixteens, widened
+from fathom.kernels.quant import fp8_sim
+from fathom.kernels.quant_triton import form_of, quantise
 
 FEW = 64
 """Rows of the first class. A decode step stays below, a prefill call above: the caller pads."""
@@ -41,8 +46,26 @@ def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> An
     return _product(x.flatten(1), weight, scale, x.shape[1], x.dtype)
 
 
+def linears(x: Tensor, parts: Sequence[Part], norm: Tensor | None = None, eps: float = 0.0) -> Any:
+    """`linear.linears`, likewise: in one launch for few rows; for many, x is rounded once for all parts."""
+    if x.shape[0] <= FEW:
+        return linear_cuda.linears(x, parts, norm, eps)
+    if x.dtype not in _FLOATS or x.shape[1] % 128 or not all(isinstance(part.weight, Tensor) for part in parts):
+        return NotImplemented
+    x = x if norm is None else rms_norm(x, norm, eps)
+    form = quantise(x) if any(part.quantised for part in parts) else None
+    return [_part(x, form, part) for part in parts]
+
+
+def _part(x: Tensor, form: tuple[Tensor, Tensor] | None, part: Part) -> Tensor:
+    weight, scale = part.weight, part.scale
+    if part.quantised and form and scale is not None and isinstance(weight, Tensor) and _stored(weight, scale):
+        return eights(*form, weight, scale, part.dtype or x.dtype)
+    return references.linear(fp8_sim(x, 128) if part.quantised else x, weight, scale, part.dtype)
+
+
 def _product(x: Tensor, weight: Tensor, scale: Tensor | None, groups: int, dtype: torch.dtype) -> Any:
-    stored = weight.dtype == torch.float8_e4m3fn and scale is not None and scale.dtype == torch.float8_e8m0fnu
+    stored = _stored(weight, scale)
     if x.dtype not in _FLOATS or not (stored or (scale is None and weight.dtype in _FLOATS)):
         return NotImplemented
     if weight.shape[1] % (128 if stored else 8) or weight.shape[0] // groups % (128 if groups > 1 else 1):
@@ -50,11 +73,25 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor | None, groups: int, dtype
     if not x.shape[0]:
         return x.new_empty((0, weight.shape[0]), dtype=dtype)
     if x.shape[0] <= FEW:
-        out = linears(x, (Part(weight, scale, dtype=dtype),), groups=groups)
+        out = linear_cuda.linears(x, (Part(weight, scale, dtype=dtype),), groups=groups)
         return few(x, weight, scale, groups, dtype) if out is NotImplemented else out[0]
     if weight.dtype == torch.float32 or weight.shape[1] % 64:
         return NotImplemented
-    return tiles(x, weight, scale, groups, dtype)
+    return many(x, weight, scale, groups, dtype)
+
+
+def _stored(weight: Tensor, scale: Tensor | None) -> bool:
+    return weight.dtype == torch.float8_e4m3fn and scale is not None and scale.dtype == torch.float8_e8m0fnu
+
+
+def many(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, groups: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """As `few`, but no float32 weights; K a multiple of 64. In FP8 where x is known to be on its grid."""
+    form = form_of(x) if scale is not None and groups == 1 else None
+    if scale is None:
+        return sixteens(x, weight, groups, dtype)
+    return sixteens(x, widened(weight, scale), groups, dtype) if form is None else eights(*form, weight, scale, dtype)
 
 
 def few(
@@ -91,30 +128,6 @@ def rows_together(rows: int) -> tuple[int, int]:
     return (1, 1) if rows == 1 else (2, 16)
 
 
-def tiles(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, groups: int = 1, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
-    """As `few`, but no float32 weights; K a multiple of 64."""
-    x, rows, (n, k) = x.contiguous(), x.shape[0], weight.shape
-    out = torch.empty((rows, n), dtype=dtype, device=x.device)
-    tall, wide, deep, warps, stages = tile_shape(rows, n // groups, k, x.dtype)
-    _tiles[(triton.cdiv(n, tall), triton.cdiv(rows, wide))](
-        x, weight, weight if scale is None else scale.view(torch.uint8), out, rows, n, x.shape[1], n // groups, k, tall,
-        wide, deep, scale is not None, n % tall != 0, PLAIN, **options(x, warps, stages),
-    )  # fmt: skip
-    return out
-
-
-def tile_shape(rows: int, n: int, k: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """Weight rows, x rows and columns of a step, warps, stages."""
-    tall = 128 if n % 128 == 0 and n * rows >= 128 * 128 * 64 else 64
-    if dtype == torch.float32:
-        return 64, 64, 64, 4, 2
-    if rows <= 64:
-        return 64, max(16, power_of_two(rows)), 128 if k % 128 == 0 else 64, 4, 4
-    return tall, 128, 128 if k % 128 == 0 else 64, 8 if tall == 128 else 4, 3
-
-
 @triton.jit
 def _few(
     x, w, ws, out, T, N, XROW, PER_GROUP, K: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
@@ -144,53 +157,3 @@ def _few(
             y = tl.sum(tile.to(tl.float32) * row[None, :], 1)
             tl.store(out + t * N + rn, y.to(out.dtype.element_ty), mask=rn < N)
         t0 += R
-
-
-@triton.jit
-def _tiles(
-    x, w, ws, out, T, N, XROW, PER_GROUP, K: tl.constexpr, BN: tl.constexpr, MT: tl.constexpr, BK: tl.constexpr,
-    SCALED: tl.constexpr, RAGGED: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    first = tl.program_id(0) * BN
-    rn = first + tl.arange(0, BN)
-    rm = tl.program_id(1) * MT + tl.arange(0, MT)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    rw = tl.where(rn < N, rn, 0) if RAGGED else rn
-    rx = tl.where(rm < T, rm, 0).to(tl.int64)
-    wp = w + rw.to(tl.int64)[:, None] * K
-    xp = x + (first // PER_GROUP) * K + rx[None, :] * XROW
-    acc = tl.zeros((BN, MT), tl.float32)
-    for k0 in range(0, K, BK):
-        rk = k0 + tl.arange(0, BK)
-        tile = tl.load(wp + rk[None, :])
-        rows = tl.load(xp + rk[:, None])
-        if SCALED:
-            byte = tl.load(ws + (first // 128) * (K // 128) + k0 // 128)
-            tile = _scaled(tile, byte, PLAIN)
-        acc = _multiplied(operand(tile, PLAIN), rows, acc, PLAIN)
-    place = rx[None, :] * N + rn[:, None]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=(rm < T)[None, :] & (rn < N)[:, None])
-
-
-@triton.jit
-def _scaled(tile, byte, PLAIN: tl.constexpr):
-    if PLAIN:
-        return tile.to(tl.float32) * from_e8m0(byte)
-    else:
-        return tile.to(tl.bfloat16) * (byte.to(tl.int16) << 7).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _multiplied(tile, rows, acc, PLAIN: tl.constexpr):
-    if PLAIN:
-        return tl.dot(tile, rows.to(tl.float32), acc, input_precision="ieee")
-    elif rows.dtype == tl.float32:
-        high = rows.to(tl.bfloat16)
-        rest = rows - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(tile, high, tl.dot(tile, middle, tl.dot(tile, low, acc)))
-    else:
-        return tl.dot(tile, rows, acc)

@@ -19,16 +19,25 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fathom.kernels.common_triton import fp8_scale, inverse_pow2, options, power_of_two, round_e4m3, swiglu
 from fathom.kernels.quant import WEIGHT_BLOCK
 
-PLAIN_ORDER, PAIRS, HALVES, GRID = 0, 1, 2, 3
+PLAIN_ORDER, PAIRS, GRID = 0, 1, 2
 """How `quantise` lays its values out."""
-_DTYPES = {PLAIN_ORDER: torch.float8_e4m3fn, PAIRS: torch.float16, HALVES: torch.bfloat16}
+_DTYPES = {PLAIN_ORDER: torch.float8_e4m3fn, PAIRS: torch.float16}
 _FLOATS = (torch.bfloat16, torch.float32)
 _known: Any = WeakIdKeyDictionary()
 
 
-def note(x: Tensor, values: Tensor, scales: Tensor) -> None:
-    """Whoever makes x may leave its form in PLAIN_ORDER for those who read it; x does not change afterwards."""
-    _known[x] = values, scales
+def note(x: Tensor, values: Tensor, scales: Tensor, exact: bool = False) -> None:
+    """Whoever makes x may leave its form in PLAIN_ORDER for those who read it; x does not change afterwards.
+
+    exact: x is no more than that form says.
+    """
+    _known[x] = values, scales, exact
+
+
+def form_of(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The values and scales that x is exactly, where somebody knew."""
+    values, scales, exact = _known.get(x, (None, None, False))
+    return (values, scales) if exact else None
 
 
 def quantise(x: Tensor, form: int = PLAIN_ORDER, block: int = WEIGHT_BLOCK) -> tuple[Tensor, Tensor]:
@@ -37,26 +46,28 @@ def quantise(x: Tensor, form: int = PLAIN_ORDER, block: int = WEIGHT_BLOCK) -> t
     values  PLAIN_ORDER: e4m3 [T, K];
             PAIRS: the same as FP16 in four planes, int32 [T, 4, K / 8]: word i of plane p is the pair
             (8i + 2p, 8i + 2p + 1), so that neighbouring lanes of the FP4 kernels read neighbouring words;
-            HALVES: values times scales, exact in BF16, [T, 2, K / 2]: the first four of each eight, then the others;
-            GRID: values times scales in the dtype of x [T, K]
+            GRID: values times scales in the dtype of x [T, K], with their form noted
     """
     if form == PLAIN_ORDER and block == WEIGHT_BLOCK and x in _known:
-        values, scales = _known[x]
+        values, scales, _ = _known[x]
         return values, scales
     x, (rows, k) = x.contiguous(), x.shape
     values = torch.empty((rows, k), dtype=_DTYPES.get(form, x.dtype), device=x.device)
+    eights = torch.empty((rows, k), dtype=torch.float8_e4m3fn, device=x.device) if form == GRID else values
     scales = torch.empty((rows, k // block), dtype=torch.float32, device=x.device)
     if rows:
-        _quantise[(rows,)](x, values, scales, k, power_of_two(k), block, form, **options(x, 4))
-    if form == PAIRS:
-        values = values.view(torch.int32).unflatten(-1, (4, -1))
-    return values.unflatten(-1, (2, -1)) if form == HALVES else values, scales
+        _quantise[(rows,)](x, values, eights, scales, k, power_of_two(k), block, form, **options(x, 4))
+    if form == GRID and block == WEIGHT_BLOCK:
+        note(values, eights, scales, exact=True)
+    return values.view(torch.int32).unflatten(-1, (4, -1)) if form == PAIRS else values, scales
 
 
 def fp8_sim(x: Tensor, block: int) -> Any:
     """`quant.fp8_sim` for whole blocks of 64 or 128; NotImplemented for others."""
     if x.dtype not in _FLOATS or block not in (64, 128) or x.shape[-1] % block:
         return NotImplemented
+    if x.dim() == 2:
+        return quantise(x, GRID, block)[0]
     return quantise(x.flatten(0, -2) if x.dim() > 1 else x[None], GRID, block)[0].view(x.shape)
 
 
@@ -66,8 +77,14 @@ def gated(gate_up: Tensor, limit: float, quantize: bool) -> Any:
     if gate_up.dtype not in _FLOATS or width % WEIGHT_BLOCK:
         return NotImplemented
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    values = torch.empty((rows, width), dtype=torch.float8_e4m3fn, device=gate_up.device) if quantize else out
+    scales = torch.empty((rows, width // WEIGHT_BLOCK), dtype=torch.float32, device=gate_up.device)
     if rows:
-        _gated[(rows,)](gate_up.contiguous(), out, width, power_of_two(width), limit, quantize, **options(out, 4))
+        _gated[(rows,)](
+            gate_up.contiguous(), out, values, scales, width, power_of_two(width), limit, quantize, **options(out, 4)
+        )
+    if quantize:
+        note(out, values, scales, exact=True)
     return out
 
 
@@ -81,7 +98,7 @@ def on_grid(v, B: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _quantise(
-    x, values, scales, K, B: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr
+    x, values, eights, scales, K, B: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, B)
@@ -99,13 +116,13 @@ def _quantise(
         tl.store(values + row * K + place, tl.reshape(q, (B,)).to(tl.float16), mask=inside)
     else:
         full = tl.reshape(q * scale[:, None], (B,)).to(values.dtype.element_ty)
-        place = ((r % 8) // 4) * (K // 2) + (r // 8) * 4 + r % 4 if FORM == 2 else r
-        tl.store(values + row * K + place, full, mask=inside)
+        tl.store(values + row * K + r, full, mask=inside)
+        tl.store(eights + row * K + r, tl.reshape(q, (B,)).to(tl.float8e4nv), mask=inside)
 
 
 @triton.jit
 def _gated(
-    gate_up, out, I, B: tl.constexpr, LIMIT: tl.constexpr, QUANTIZE: tl.constexpr, PDL: tl.constexpr
+    gate_up, out, values, scales, I, B: tl.constexpr, LIMIT: tl.constexpr, QUANTIZE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     r = tl.arange(0, B)
@@ -118,5 +135,8 @@ def _gated(
     u = swiglu(a, b, LIMIT).to(out.dtype.element_ty)
     if QUANTIZE:
         q, scale = on_grid(u.to(tl.float32), B, 128)
+        rb = tl.arange(0, B // 128)
+        tl.store(values + row * I + r, tl.reshape(q, (B,)).to(tl.float8e4nv), mask=inside)
+        tl.store(scales + row * (I // 128) + rb, scale, mask=rb < I // 128)
         u = tl.reshape(q * scale[:, None], (B,)).to(out.dtype.element_ty)
     tl.store(out + row * I + r, u, mask=inside)

@@ -15,8 +15,9 @@ if DEVICE is None:
 
 from fathom.kernels import experts_triton as ops  # noqa: E402
 from fathom.kernels import quant_triton  # noqa: E402
-from fathom.kernels.experts_many_triton import many, schedule  # noqa: E402
-from fathom.kernels.quant_triton import GRID, HALVES, PAIRS, quantise  # noqa: E402
+from fathom.kernels.experts_many_triton import many  # noqa: E402
+from fathom.kernels.experts_plan_triton import planned  # noqa: E402
+from fathom.kernels.quant_triton import PAIRS, form_of, quantise  # noqa: E402
 from fathom.kernels.words import from_words, to_words  # noqa: E402
 
 pytestmark = pytest.mark.external if INTERPRETED else pytest.mark.gpu
@@ -80,14 +81,16 @@ def test_quantise_is_the_reference_to_the_bit(k: int) -> None:
     x[2, :128] = 448.0 * 2**-3
     want = fp8_sim(x, 128)
     with poisoned():
-        (plain, scales), (pairs, _), (halves, _) = quantise(x), quantise(x, PAIRS), quantise(x, HALVES)
-        assert torch.equal(quantise(x, GRID)[0], want)
+        (plain, scales), (pairs, _), grid = quantise(x), quantise(x, PAIRS), quant_triton.fp8_sim(x, 128)
+        assert torch.equal(grid, want)
         assert torch.equal(quant_triton.fp8_sim(x.bfloat16(), 64), fp8_sim.__wrapped__(x.bfloat16(), 64))
     full = scales.repeat_interleave(128, -1)
     assert torch.equal(plain.float() * full, want)
     words = pairs.view(torch.float16).view(5, 4, k // 8, 2).transpose(1, 2).reshape(5, k)
     assert torch.equal(words.float() * full, want)
-    assert torch.equal(halves.float().view(5, 2, k // 8, 4).transpose(1, 2).reshape(5, k), want)
+    known = form_of(grid)
+    assert known and torch.equal(known[0].float(), plain.float()) and torch.equal(known[1], scales)
+    assert form_of(x) is None
 
 
 @pytest.mark.parametrize("width", [128, 384, 2048])
@@ -99,6 +102,8 @@ def test_gated(width: int) -> None:
         plain, grid = (quant_triton.gated(x, LIMIT, quantize) for quantize in (False, True))
     assert error(plain, want) < (6e-3 if INTERPRETED else 3e-3)
     assert torch.equal(grid, fp8_sim.__wrapped__(plain, 128))
+    values, scales = form_of(grid) or (grid, grid)
+    assert torch.equal(values.float() * scales.repeat_interleave(128, -1), grid.float())
     assert error(grid, gated.__wrapped__(x, LIMIT, True)) < 2e-2
 
 
@@ -164,14 +169,33 @@ def test_a_token_of_many_has_the_same_bits_in_any_company() -> None:
         assert torch.equal(part, whole[first:last])
 
 
-def test_the_schedule_covers_every_pair_once() -> None:
-    chosen, _ = routing(50, 7, 3)
-    plan = schedule(chosen, 7)
+@pytest.mark.parametrize("apart", [11, 12])
+def test_scales_as_far_apart_as_e4m3_holds(apart: int) -> None:
+    """Further apart is the reference's. Blocks of zeros may have any scale."""
+    e, d, i = SHAPES[0]
+    w13, s13, w2, s2 = (*stored(e, 2 * i, d, seed=1), *stored(e, d, i, seed=2))
+    s2.view(torch.uint8)[:, :, 0], s2.view(torch.uint8)[:, :, 1:] = 120, 120 - apart
+    w13[:, :, 16:32], s13.view(torch.uint8)[:, :, 1] = 0, 1
+    weights = ops.Fp4Experts.load(w13.clone(), s13, w2.clone(), s2)
+    x, (chosen, shares) = rand(9, d, seed=9).bfloat16(), routing(9, e, K)
+    got = many(x, chosen, shares, weights, LIMIT)
+    if apart == 12:
+        assert got is NotImplemented
+    else:
+        assert error(got, by_hand(x, chosen, shares, (w13, s13, w2, s2))) < TOLERANCE
+
+
+@pytest.mark.parametrize(("tokens", "experts", "wide"), [(20, 7, 16), (50, 7, 32), (400, 7, 128)])
+def test_the_plan_covers_every_pair_once(tokens: int, experts: int, wide: int) -> None:
+    chosen, _ = routing(tokens, experts, 3)
+    with poisoned():
+        plan = planned(chosen, experts)
+    assert plan.wide == wide
     seen = [
         (int(e), p)
         for e, first, end in zip(plan.expert, plan.first, plan.end, strict=True)
-        if e < 7
-        for p in plan.order[int(first) : min(int(end), int(first) + 64)].tolist()
+        if e < experts
+        for p in plan.pairs[int(first) : min(int(end), int(first) + wide)].tolist()
     ]
-    assert sorted(p for _, p in seen) == list(range(150))
+    assert sorted(p for _, p in seen) == list(range(3 * tokens)) == sorted(p for p in plan.pairs.tolist() if p >= 0)
     assert all(chosen.flatten()[p] == e for e, p in seen)
