@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fathom.api import ChatRequest, Completion, Message
 from fathom.cli.screen import Clock, Screen, summary
 from fathom.cli.session import Sampling, check_effort, open_chat, piped_lines
-from fathom.errors import FathomError, PromptError
+from fathom.errors import ContextError, FathomError, PromptError
 
 if TYPE_CHECKING:
     from fathom.encoding.chat import Chat
@@ -69,7 +69,8 @@ class Talk:
             except FathomError as error:
                 if not lasting:
                     raise
-                self.screen.status(f"error: {error}")
+                way_out = "; /clear forgets the conversation" if isinstance(error, ContextError) else ""
+                self.screen.status(f"error: {error}{way_out}")
 
     def turn(self, line: str) -> bool:
         """Do what a line says; False ends the talk."""

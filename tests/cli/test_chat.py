@@ -11,6 +11,7 @@ from fathom.cli.screen import Clock, Screen
 from fathom.cli.session import Sampling
 from fathom.encoding.chat import Chat
 from fathom.encoding.codec import Codec
+from fathom.engine.llm import LLM
 from tests.cli.conftest import Piped, Script
 
 
@@ -56,6 +57,16 @@ def test_a_wrong_command_does_not_end_a_terminal(capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     assert out == "a\n"
     assert "unknown command '/nonsense'" in err
+
+
+def test_a_conversation_that_outgrew_its_context_can_begin_anew(
+    capsys: pytest.CaptureFixture[str], codec: Codec, tiny: LLM
+) -> None:
+    lines = iter(["1" * 300, "/clear", "hello"])
+    Talk(Chat(tiny, codec), "none", Sampling(max_tokens=2, seed=0)).run(lines, lasting=True)
+    err = capsys.readouterr().err
+    assert "holds 200" in err and "/clear forgets" in err
+    assert err.count("error: ") == 1 and "2 tokens" in err
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(
