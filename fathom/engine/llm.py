@@ -40,8 +40,15 @@ def checked_device(name: str) -> str:
     return name
 
 
-def _on_a_gpu(checkpoint: Checkpoint) -> Numerics:
-    """A checkpoint that was trained with quantised activations is computed with them, on every device."""
+def _on_a_gpu(checkpoint: Checkpoint, device: torch.device) -> Numerics:
+    """A checkpoint that was trained with quantised activations is computed with them, on every device.
+
+    Raises ConfigError where its weights do not fit.
+    """
+    free = torch.cuda.mem_get_info(device)[0]
+    if checkpoint.bytes > free:
+        text = f"the weights need {checkpoint.bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on {device}"
+        raise ConfigError(f"{text}: free some, take another GPU, or use --device cpu")
     return Numerics(torch.bfloat16, checkpoint.quantised)
 
 
@@ -74,7 +81,7 @@ class LLM(Service):
         """
         place = torch.device(checked_device(device))
         folder, dense = model_folder(str(model)), place.type == "cpu"
-        numerics = None if dense else _on_a_gpu(Checkpoint(folder))
+        numerics = None if dense else _on_a_gpu(Checkpoint(folder), place)
         loaded = load_model(folder, numerics=numerics, device=place, dense=dense, progress=progress)
         if threads or loaded.config.hidden_size <= _ONE_THREAD:
             torch.set_num_threads(threads or 1)

@@ -10,16 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fathom.api import FinishReason, SamplingParams
+from fathom.api import Event, FinishReason, GenerateRequest, SamplingParams
 from fathom.checkpoint.synthetic import synthetic_model
 from fathom.config import WEIGHTS, ModelConfig
 from fathom.engine import memory as furnishing
 from fathom.engine.device_cache import DeviceCache
 from fathom.engine.engine import Core
 from fathom.engine.graphs import Steps
+from fathom.engine.llm import LLM
 from fathom.engine.memory import Memory
+from fathom.engine.runner import DeviceRunner
+from fathom.engine.scheduler import Piece
 from fathom.engine.service import Service
-from fathom.errors import ContextError
+from fathom.errors import ConfigError, ContextError
 from fathom.model.batch import Batch, Span
 from fathom.model.cache import ContiguousCache
 from fathom.model.layers import Numerics
@@ -123,6 +126,46 @@ def test_an_engine_over_it(model: torch.nn.Module, tmp_path: Path, monkeypatch: 
     for pages, folder in ((24, None), (6, None), (7, tmp_path), (8, tmp_path)):
         room = Memory(device=size + pages * one.page_bytes, slots=3, prefill=128, folder=folder)
         assert answers(model, prompts, True, room) == want, pages
+
+
+def test_too_little_memory_is_said_with_both_numbers(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(furnishing, "unfit", lambda model: "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3_000_000, 1 << 34))
+    with pytest.raises(ConfigError, match=r"weights need 0\.\d\d GB, but 0\.00 GB are free on cuda.*--device cpu"):
+        LLM.load("small", device="cuda")
+    with pytest.raises(ConfigError, match=r"cache needs \d+\.\d\d GB for 32 sequences, but 0\.00 GB.*--max-seqs"):
+        Core(model, 1024, Memory())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 34))
+    with pytest.raises(ConfigError, match=r"with 0\.00 GB allowed: lower --max-seqs, or set --kv-gb"):
+        Core(model, 1024, Memory(device=1000))
+
+
+def test_memory_that_runs_out_while_a_prompt_is_read_ends_that_request_alone(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(furnishing, "unfit", lambda model: "")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 34))
+    core = Core(model, 1024, Memory(device=1 << 27, slots=2, host=0))
+    events: dict[int, list[Event]] = {0: [], 1: []}
+    params = SamplingParams(max_tokens=20, temperature=0.0)
+    core.add(GenerateRequest(prompt_ids=ids(1, 40).tolist(), params=params), events[0].append)
+    for _ in range(4):
+        core.step()
+    prompts = DeviceRunner._prompts
+
+    def scarce(runner: DeviceRunner, pieces: list[Piece]) -> dict[Piece, Tensor]:
+        if pieces:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return prompts(runner, pieces)
+
+    monkeypatch.setattr(DeviceRunner, "_prompts", scarce)
+    core.add(GenerateRequest(prompt_ids=ids(2, 300).tolist(), params=params), events[1].append)
+    while core.step():
+        pass
+    assert events[0][-1].finish == FinishReason.LENGTH
+    assert events[1][-1].finish == FinishReason.ERROR and "lower --max-seqs" in (events[1][-1].error or "")
+    core.close()
 
 
 @torch.inference_mode()
