@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fathom.api import SamplingParams
+from fathom.accounting import kv_bytes
+from fathom.api import FinishReason, SamplingParams
 from fathom.checkpoint.synthetic import synthetic_model
 from fathom.config import WEIGHTS, ModelConfig
 from fathom.engine.device_cache import DeviceCache
 from fathom.engine.graphs import Graphs, Steps
 from fathom.engine.llm import LLM
 from fathom.engine.memory import Memory
+from fathom.engine.request import pages_for
 from fathom.model.batch import Batch, Span
 from fathom.model.layers import Numerics
 from fathom.model.moe import Experts
@@ -132,3 +135,39 @@ def test_answers_from_every_tier(tmp_path: Path) -> None:
         llm.close()
         print(f"\nfrom tiers: {restored}")
     assert restored["disk"] > 0, "the second engine began with the first one's files"
+
+
+def test_the_embedded_model_answers_as_on_a_cpu() -> None:
+    """The same tokens as (fp32, quantised) on a CPU, up to the first place where that is not sure of its own."""
+    rng = random.Random(11)
+    prompts = [[rng.randint(3, 1200) for _ in range(n)] for n in (5, 130, 300, 777)]
+    params = SamplingParams(max_tokens=48, temperature=0.0, logprobs=2)
+    runs = []
+    for device in ("cpu", "cuda"):
+        llm = LLM.load("small", device=device, max_context=4096)
+        runs.append(llm.generate_batch([(ids, params) for ids in prompts]))
+        llm.close()
+    same = 0
+    for ids, here, there in zip(prompts, *runs, strict=True):
+        for a, b in zip(here, there, strict=True):
+            if a.token != b.token and a.logprob:
+                first, second = (score for _, score in a.logprob.top)
+                assert first - second < 0.5, f"after {len(ids)} tokens and {same} more the CPU was sure of {a.token}"
+                break
+            same += a.token is not None
+    print(f"\n{same} tokens the same, up to each answer's first difference")
+    assert same > 40
+
+
+def test_a_prompt_of_a_million_tokens() -> None:
+    ids = torch.randint(3, 1200, (1_048_000,), generator=torch.Generator().manual_seed(5)).tolist()
+    llm = LLM.load("small", device="cuda", memory=Memory(slots=1, host=0))
+    begin = time.perf_counter()
+    events = list(llm.generate(ids, SamplingParams(max_tokens=4, temperature=0.0)))
+    took, cache = time.perf_counter() - begin, llm.core.cache
+    llm.close()
+    assert events[-1].finish == FinishReason.LENGTH
+    held = pages_for(len(ids)) * cache.page_bytes + cache.slot_bytes
+    counted = kv_bytes(llm.model.config, len(ids), fp8_keys=True)
+    print(f"\n{len(ids)} tokens read in {took:.1f} s, {held / 1e6:.0f} MB held, {counted / 1e6:.0f} counted")
+    assert abs(held - counted) <= 0.05 * counted
