@@ -75,8 +75,7 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 8) -> float:
 def report(
     op: str, shape: str, tokens: int, calls: Sequence[Callable[[], object]], size: float, products: float = 0.0
 ) -> None:
-    """One line of the table; `size` bytes are what a call must at least move, and `products` the microseconds of its
-    arithmetic."""
+    """One line of the table; a call must move `size` bytes at least, and multiply for `products` microseconds."""
     us, floor = graph_us(calls), max(size / RATE, products)
     rows.append({"op": op, "shape": shape, "tokens": tokens, "us": round(us, 2), "floor_us": round(floor, 2)})
     print(f"{op:26} {shape:24} {tokens:6} {us:9.2f} us  floor {floor:8.2f}  {floor / us * 100:5.1f} %", flush=True)
@@ -168,26 +167,23 @@ def expert_products(layer: fp4.Fp4Experts, tokens: int, width: int) -> None:
     """Both products of many tokens without what stands around them."""
     chosen, shares = routings(tokens, 4), torch.rand(tokens, TOPK, device=GPU)
     size, products = expert_floor(chosen, width)
-    tops = fp4_many.tops_of(layer)
-    assert tops is not None
+    tops = fp4_many.tops_of(layer) or ()
     plans = [planned(ids, EXPERTS) for ids in chosen]
     x, scales = quantise(bf16(tokens, HIDDEN))
     h, own = quantise(bf16(len(plans[0].pairs), width))
-    factors = by_slot(own, plans[0])
     ups = [partial(fp4_many.gate_up, x, by_slot(scales, p, shares), layer, tops[0], p, LIMIT) for p in plans]
     report("fp4 gate + up", f"I {width}", tokens, ups, 2 * size, 2 * products)
-    downs = [partial(fp4_many.down, h, factors, layer, tops[1], p, chosen[0].numel()) for p in plans]
+    downs = [partial(fp4_many.down, h, by_slot(own, p), layer, tops[1], p, tokens * TOPK) for p in plans]
     report("fp4 down", f"I {width}", tokens, downs, size, products)
 
 
 def small() -> None:
     """What stands between the products: hyper-connections, norms, quantisers, routing."""
-    count = 40
-    fns = [torch.randn(24, STREAMS * HIDDEN, device=GPU) / 128 for _ in range(count)]
+    fns = [torch.randn(24, STREAMS * HIDDEN, device=GPU) / 128 for _ in range(40)]
     scale, base, weight = torch.randn(3, device=GPU), torch.randn(24, device=GPU), bf16(HIDDEN)
     bias, table = torch.randn(EXPERTS, device=GPU), torch.randint(0, EXPERTS, (1000, TOPK), device=GPU)
     for m in (1, 8, 32, 128, 4096, 8192):
-        some = count if m < 99 else 4
+        some = 40 if m < 99 else 4
         x, y, one = bf16(m, STREAMS, HIDDEN), bf16(m, HIDDEN), m * HIDDEN * 2.0
         _, post, comb = streams.before(x, fns[0], scale, base, weight, EPS, EPS, 20)
         calls = [partial(streams.before, x, f, scale, base, weight, EPS, EPS, 20) for f in fns[:some]]
@@ -201,12 +197,9 @@ def small() -> None:
         report("fp8 operand", f"{HIDDEN}", m, [partial(fp8_sim, y, 128)] * some, 2 * one)
         report("swiglu, fp8 operand", "2x1024", m, [partial(gated, bf16(m, 2048), LIMIT, True)] * some, m * 6144.0)
         logits, ids = torch.randn(m, EXPERTS, device=GPU), torch.randint(0, 1000, (m,), device=GPU)
-        report(
-            "route by score", f"{EXPERTS}", m, [partial(route, logits, bias, None, ids, TOPK, 1.5)] * some, m * 1072.0
-        )
-        report(
-            "route by hash", f"{EXPERTS}", m, [partial(route, logits, None, table, ids, TOPK, 1.5)] * some, m * 1120.0
-        )
+        for by, size, args in (("score", 1072.0, (bias, None)), ("hash", 1120.0, (None, table))):
+            calls = [partial(route, logits, *args, ids, TOPK, 1.5)] * some
+            report(f"route by {by}", f"{EXPERTS}", m, calls, m * size)
 
 
 QUERIES, SPAN, WIDTH, CHOSEN, INDEX_HEADS, INDEX_DIM = 4096, 128, 512, 512, 64, 128
@@ -260,12 +253,8 @@ def prefill_index(depth: str, start: int) -> None:
     report("indexer", depth, QUERIES, [call], 0.0, flop / FP8_RATE)
 
 
-SECTIONS: dict[str, Callable[[], None]] = {
-    "small": small,
-    "linear": linear,
-    "experts": experts,
-    "prefill": prefill_ops,
-}
+OPS: tuple[Callable[[], None], ...] = (small, linear, experts, prefill_ops)
+SECTIONS = dict(zip(("small", "linear", "experts", "prefill"), OPS, strict=True))
 
 
 def markdown() -> str:
@@ -274,8 +263,7 @@ def markdown() -> str:
     lines = [
         versions,
         "",
-        "| op | shape | tokens | µs | floor µs | % of floor |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| op | shape | tokens | µs | floor µs | % of floor |\n| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         us, floor = float(row["us"]), float(row["floor_us"])

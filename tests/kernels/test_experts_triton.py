@@ -159,12 +159,13 @@ def test_many_tokens(shape: tuple[int, int, int], tokens: int) -> None:
 
 
 def test_a_token_of_many_has_the_same_bits_in_any_company() -> None:
+    """The whole takes wider tiles than its parts."""
     shape = SHAPES[1]
     _, weights = layer(*shape)
-    tokens = 9 if INTERPRETED else 300
+    tokens = 9 if INTERPRETED else 600
     x, (chosen, shares) = rand(tokens, shape[1], seed=1).bfloat16(), routing(tokens, shape[0], K)
     whole = many(x, chosen, shares, weights, LIMIT)
-    for first, last in ((0, 1), (3, tokens), (tokens - 5, tokens - 1)):
+    for first, last in ((0, 1), (3, tokens), (tokens - 5, tokens - 1), (tokens // 5, tokens // 3), (1, tokens // 2)):
         part = many(x[first:last], chosen[first:last], shares[first:last], weights, LIMIT)
         assert torch.equal(part, whole[first:last])
 
