@@ -1,14 +1,14 @@
 // FP4 experts for the few tokens of a step, on Hopper's FP8 tensor cores. Reference 2.10 and 4; the launcher and the
 // contract are in experts_cuda.py.
 //
-// A block has 64 rows of one expert and all the pairs (token, expert) that chose it, eight at a time: weights are the
+// A block has TILES of 64 rows of one expert and all the pairs (token, expert) that chose it, eight at a time: weights are the
 // rows of the products, pairs their columns. FP4 becomes e4m3 by table (exactly; 7 operations for 8 weights), activations
-// are e4m3 already. A product sums 32 columns, which is one scale of a row; scales are applied to its result, so what the
+// are e4m3 already (gate and up) or become it here (down). A product sums 32 columns, which is one scale of a row; scales are applied to its result, so what the
 // tensor cores round is far below float32's use. A pair's result does not know what else is in the batch.
 //
 // K       columns; a multiple of 128
-// GROUPS  groups of four warps: 2 have half of the columns each; 1 sums the halves in the same order
-// STAGES  chunks of 128 columns that are on their way to a warp at once; an even number
+// TILES   of 64 rows that a block has, one after the other
+// STAGES  pieces of 256 columns that a warp has room for: whole lines of the cache, one of them in use
 // UP      1: gate and up rows, joined by SwiGLU (BF16 [P, N]); 0: down (float32 [P, N])
 // TOP     experts a token
 
@@ -17,8 +17,8 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int THREADS = GROUPS * 128, CHUNKS = K / 128, HALF = (CHUNKS + 1) / 2, PAIRS = 8, MOST = 512;
-constexpr bool EVEN = HALF % STAGES == 0 && CHUNKS % STAGES == 0;
+constexpr int THREADS = 128, CHUNKS = K / 128, PAIRS = 8, MOST = 512;
+constexpr int SLOT = 2048, SCALES = K / 32 + 16;  // bytes of a piece of 16 rows; of a row's scales, apart in all banks
 
 template <int BYTES>
 __device__ __forceinline__ void copy(void* to, const void* from) {
@@ -67,7 +67,7 @@ __device__ int company(const int* chosen, int total, int own, int* list) {
     }
     __syncthreads();
     int before = 0, all = 0;
-    for (int i = 0; i < MOST / 32; i++) {
+    for (int i = 0; i * 32 < total; i++) {
         if (i * 32 <= own) before += __popc(counts[i] & (own - i * 32 >= 32 ? ~0u : (1u << (own - i * 32)) - 1));
         const int bit = threadIdx.x;
         if (bit < 32 && (counts[i] >> bit & 1)) list[all + __popc(counts[i] & ((1u << bit) - 1))] = i * 32 + bit;
@@ -77,30 +77,108 @@ __device__ int company(const int* chosen, int total, int own, int* list) {
     return before ? 0 : all;
 }
 
-// e4m3 rows of x into shared memory: of 32 columns the first four of each eight, then the others. What columns hold that
-// are nobody's does not matter: nobody reads their results.
-__device__ void place(u8* to, float* factors, const u8* x, const float* scales, const int* list, int count) {
+// 32 columns of a row that stand in registers into shared memory: the first four of each eight, then the others.
+__device__ __forceinline__ void put(u8* to, const u32 (&w)[8]) {
+    *(uint4*)to = make_uint4(w[0], w[2], w[4], w[6]);
+    *(uint4*)(to + 128) = make_uint4(w[1], w[3], w[5], w[7]);
+}
+
+// e4m3 rows of x into shared memory. What columns hold that are nobody's does not matter: nobody reads their results.
+__device__ __forceinline__ void given(u8* to, float* factors, const u8* x, const float* scales, const int* list, int count) {
     for (int i = threadIdx.x; i < count * (K / 32); i += THREADS) {
         const int n = i / (K / 32), group = i % (K / 32);
-        const uint4* from = (const uint4*)(x + (long long)(list[n] / (UP ? TOP : 1)) * K + group * 32);
+        const uint4* from = (const uint4*)(x + (long long)(list[n] / TOP) * K + group * 32);
         const uint4 a = from[0], b = from[1];
-        *(uint4*)(to + group * 256 + n * 16) = make_uint4(a.x, a.z, b.x, b.z);
-        *(uint4*)(to + group * 256 + 128 + n * 16) = make_uint4(a.y, a.w, b.y, b.w);
+        const u32 w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        put(to + group * 256 + n * 16, w);
     }
     for (int i = threadIdx.x; i < count * CHUNKS; i += THREADS) {
         const int n = i / CHUNKS, chunk = i % CHUNKS;
-        factors[chunk * PAIRS + n] = scales[(list[n] / (UP ? TOP : 1)) * CHUNKS + chunk];
+        factors[chunk * PAIRS + n] = scales[list[n] / TOP * CHUNKS + chunk];
     }
+}
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// The same of BF16 rows, rounded here: four lanes share a scale.
+__device__ __forceinline__ void rounded(u8* to, float* factors, const u16* x, const int* list, int count) {
+    for (int first = 0; first < count * (K / 32); first += THREADS) {
+        const int i = first + threadIdx.x, n = i / (K / 32), group = i % (K / 32);
+        const bool inside = n < count;
+        u32 v[16] = {}, w[8];
+        if (inside) {
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const uint4 part = ((const uint4*)(x + (long long)list[n] * K + group * 32))[q];
+                v[4 * q] = part.x, v[4 * q + 1] = part.y, v[4 * q + 2] = part.z, v[4 * q + 3] = part.w;
+            }
+        }
+        float most = 1e-4f;
+#pragma unroll
+        for (int e = 0; e < 16; e++) most = fmaxf(most, fmaxf(fabsf(low(v[e])), fabsf(high(v[e]))));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+        const u32 bits = (__float_as_uint(__fdiv_rn(most, 448.0f)) + 0x7fffff) & 0x7f800000;
+        const float shrink = __uint_as_float(0x7f000000 - bits);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            u16 a, b;
+            asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(a) : "f"(high(v[2 * e]) * shrink), "f"(low(v[2 * e]) * shrink));
+            asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(b) : "f"(high(v[2 * e + 1]) * shrink), "f"(low(v[2 * e + 1]) * shrink));
+            w[e] = a | (u32)b << 16;
+        }
+        if (!inside) continue;
+        put(to + group * 256 + n * 16, w);
+        if (group % 4 == 0) factors[group / 4 * PAIRS + n] = __uint_as_float(bits);
+    }
+}
+
+__device__ void place(u8* to, float* factors, const u8* x, const float* scales, const int* list, int count) {
+    if (UP) given(to, factors, x, scales, list, count);
+    else rounded(to, factors, (const u16*)x, list, count);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
 }
 
-// The two rows that a lane multiplies of a warp's 16, 64 bytes each: for each of four scales one word a row.
-__device__ __forceinline__ void unpacked(u32 (&a)[4][4], const u8* const (&at)[4], int slot, uint2 table) {
+// The two rows that a lane multiplies of a warp's 16, half of a piece: for each of four scales one word a row.
+__device__ __forceinline__ void unpacked(u32 (&a)[4][4], const u8* from, const int (&at)[4], uint2 table) {
 #pragma unroll
     for (int m = 0; m < 4; m++) {
-        unpack(*(const u32*)(at[m] + slot * 1024), a[m][0], a[m][2], table);
-        unpack(*(const u32*)(at[m] + slot * 1024 + 512), a[m][1], a[m][3], table);
+        unpack(*(const u32*)(from + at[m]), a[m][0], a[m][2], table);
+        unpack(*(const u32*)(from + at[m] + SLOT / 2), a[m][1], a[m][3], table);
+    }
+}
+
+// The scales of 64 rows.
+__device__ __forceinline__ void copy_scales(u8* to, const u8* exponents, long long first, int far) {
+    constexpr int BYTES = K % 512 ? 4 : 16, COUNT = K / 32 / BYTES;
+    for (int i = threadIdx.x; i < 64 * COUNT; i += THREADS) {
+        const int r = i / COUNT, at = i % COUNT * BYTES;
+        const long long row = first + (UP ? r / 16 * 8 : r / 16 * 16) + r / 8 % 2 * far + r % 8;
+        copy<BYTES>(to + r * SCALES + at, exponents + row * (K / 32) + at);
+    }
+}
+
+// What a lane has of the result: rows `at` (gate), and their up rows or 8 further, of two pairs.
+__device__ __forceinline__ void write(
+    const float (&sum)[4], const int* list, int now, const float* shares, void* out, int rows, int at, float limit
+) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int n = 2 * (threadIdx.x % 4) + i;
+        if (n >= now) continue;
+        const long long pair = list[n];
+        if (UP) {
+            const float a = fminf(sum[i], limit), b = fminf(fmaxf(sum[2 + i], -limit), limit);
+            const float y = __fdividef(a, 1.0f + __expf(-a)) * b * shares[pair];
+            u16 bits;
+            asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(y));
+            ((u16*)out)[pair * rows + at] = bits;
+        } else {
+            float* to = (float*)out + pair * rows + at;
+            to[0] = sum[i], to[8] = sum[2 + i];
+        }
     }
 }
 
@@ -110,110 +188,97 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
 ) {
     extern __shared__ __align__(128) u8 memory[];
     u8* const xs = memory;                                               // [K / 16, PAIRS, 16]
-    u8* const powers = xs + PAIRS * K;                                   // [64, K / 32]
-    u8* const ring = powers + 64 * (K / 32);                             // [GROUPS * 4 warps, STAGES, 16, 64]
-    __shared__ float factors[PAIRS * CHUNKS], parts[128][4];
+    u8* const powers = xs + PAIRS * K;                                   // [TILES, 64, SCALES]
+    u8* const ring = powers + TILES * 64 * SCALES;                       // [4 warps, STAGES, 16, 128]
+    __shared__ float factors[PAIRS * CHUNKS];
     __shared__ int list[MOST];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    const int own = blockIdx.y, warp = threadIdx.x / 32 % 4, group = GROUPS == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+    const int own = blockIdx.y, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int g = lane / 4, j = lane % 4;
     const int count = company(chosen, total, own, list);
     if (!count) return;
     // A warp has 16 rows: gate rows stand beside their up rows, half of the matrix further.
-    const long long top = (long long)chosen[own] * (UP ? 2 * rows : rows);
-    const long long row = top + (UP ? blockIdx.x * 32 + warp * 8 : blockIdx.x * 64 + warp * 16), far = UP ? rows : 8;
-    const int from = group * HALF, end = GROUPS == 2 && !group ? HALF : CHUNKS;
-    u8* const mine = ring + (threadIdx.x / 32) * STAGES * 1024;
-    u8* const to = mine + g * 64 + (j ^ (g >> 1 & 3)) * 16;
-    const u8* const at[4] = {
-        mine + g * 64 + (0 ^ (g >> 1 & 3)) * 16 + j * 4, mine + g * 64 + (1 ^ (g >> 1 & 3)) * 16 + j * 4,
-        mine + g * 64 + (2 ^ (g >> 1 & 3)) * 16 + j * 4, mine + g * 64 + (3 ^ (g >> 1 & 3)) * 16 + j * 4};
-    const u8* const power = powers + (warp * 16 + g) * (K / 32);
+    constexpr int ROWS = UP ? 32 : 64;  // of the result, that a tile makes
+    const long long top = (long long)chosen[own] * (UP ? 2 * rows : rows) + blockIdx.x * TILES * ROWS;
+    const int far = UP ? rows : 8;
+    // Eight lanes copy 128 bytes of a row; 16 bytes stand at their number exclusive-or the row's.
+    u8* const mine = ring + warp * STAGES * SLOT;
+    const int to = lane / 8 * 128 + (lane % 8 ^ lane / 8) * 16;
+    int at[2][4];
+#pragma unroll
+    for (int m = 0; m < 4; m++) at[0][m] = g * 128 + (m ^ g) * 16 + j * 4, at[1][m] = g * 128 + (m + 4 ^ g) * 16 + j * 4;
     const u32 columns = described(xs);
     uint2 table = make_uint2(0x3c383000u, 0x4c484440u);
     asm volatile("" : "+r"(table.x), "+r"(table.y));  // in registers, not made anew for every word
-    for (int i = threadIdx.x; i < 64 * CHUNKS; i += THREADS) {
-        const int r = i / CHUNKS, at = i % CHUNKS * 4, w = r / 16;
-        const long long place = top + (UP ? blockIdx.x * 32 + w * 8 : blockIdx.x * 64 + w * 16) + r / 8 % 2 * far + r % 8;
-        copy<4>(powers + r * (K / 32) + at, exponents + place * (K / 32) + at);
-    }
+    for (int i = 0; i < TILES; i++) copy_scales(powers + i * 64 * SCALES, exponents, top + i * ROWS, far);
     for (int first = 0; first < count; first += PAIRS) {
         const int now = min(PAIRS, count - first);
-        float sum[4] = {}, before[4] = {};
-        const u8* near = weights + (row + g) * (K / 2) + from * 64 + j * 16;
-        const u8* away = near + far * (K / 2);
-        const auto load = [&](int chunk, int slot) {
-            if (chunk < end) copy<16>(to + slot * 1024, near), copy<16>(to + slot * 1024 + 512, away);
-            near += 64, away += 64;
+        const u8* near = weights + (top + warp * (UP ? 8 : 16) + lane / 8) * (K / 2) + lane % 8 * 16;
+        int ahead = 0, tile = 0;  // the chunk that is loaded next
+        const auto load = [&](u8* slot) {
+            if (tile < TILES && (CHUNKS % 2 == 0 || ahead + lane % 8 / 4 < CHUNKS)) {
+                const u8* away = near + (long long)far * (K / 2);
+                copy<16>(slot + to, near), copy<16>(slot + (to ^ 64) + 512, near + 2 * K);
+                copy<16>(slot + to + 1024, away), copy<16>(slot + (to ^ 64) + 1536, away + 2 * K);
+            }
+            near += 128, ahead += 2;
+            if (ahead >= CHUNKS) near += ROWS * (K / 2) - ahead * 64, ahead = 0, tile++;
             commit();
         };
 #pragma unroll
-        for (int c = 0; c < STAGES - 1; c++) load(from + c, c);
+        for (int c = 0; c < STAGES - 1; c++) load(mine + c * SLOT);
         place(xs, factors, x, scales, list + first, now);
         asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
         __syncthreads();
         u32 a[2][4][4];
-        unpacked(a[0], at, 0, table);
-        for (int begin = from; begin < end; begin += STAGES) {
+        unpacked(a[0], mine, at[0], table);
+        u8 *slot = mine, *free = mine + (STAGES - 1) * SLOT;
+        for (int n = 0; n < TILES; n++) {
+            float sum[4] = {};
+            const u8* const power = powers + (n * 64 + warp * 16 + g) * SCALES;
+            for (int begin = 0; begin < CHUNKS; begin += 2) {
 #pragma unroll
-            for (int c = 0; c < STAGES; c++) {
-                const int chunk = begin + c;
-                if (!EVEN && chunk >= end) break;
-                if (GROUPS == 1 && (c == 0 || !EVEN) && chunk == HALF)
+                for (int c = 0; c < 2; c++) {
+                    const int chunk = begin + c;
+                    const bool there = CHUNKS % 2 == 0 || chunk < CHUNKS;
+                    float d[4][4];
+                    if (there) {
+                        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-                    for (int i = 0; i < 4; i++) before[i] = sum[i], sum[i] = 0;
-                float d[4][4];
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                        for (int m = 0; m < 4; m++) multiply(d[m], a[c][m], columns + (chunk * 4 + m) * 16);
+                        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    }
+                    if (c == 0) {
+                        load(free);
+                        unpacked(a[1], slot, at[1], table);
+                    } else {
+                        free = slot;
+                        slot = slot == mine + (STAGES - 1) * SLOT ? mine : slot + SLOT;
+                        asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
+                        __syncwarp();
+                        unpacked(a[0], slot, at[0], table);
+                    }
+                    if (!there) continue;
+                    const u32 of[2] = {*(const u32*)(power + chunk * 4), *(const u32*)(power + 8 * SCALES + chunk * 4)};
+                    const float2 f = *(const float2*)(factors + chunk * PAIRS + 2 * j);
+                    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-                for (int m = 0; m < 4; m++) multiply(d[m], a[c % 2][m], columns + (chunk * 4 + m) * 16);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                load(chunk + STAGES - 1, (c + STAGES - 1) % STAGES);
-                asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
-                __syncwarp();
-                unpacked(a[(c + 1) % 2], at, (c + 1) % STAGES, table);
-                const u32 of[2] = {*(const u32*)(power + chunk * 4), *(const u32*)(power + 8 * (K / 32) + chunk * 4)};
-                const float2 f = *(const float2*)(factors + chunk * PAIRS + 2 * j);
-                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                    for (int m = 0; m < 4; m++)  // nothing may read the results above the wait
 #pragma unroll
-                for (int m = 0; m < 4; m++)  // nothing may read the results above the wait
+                        for (int i = 0; i < 4; i++) asm volatile("" : "+f"(d[m][i])::"memory");
 #pragma unroll
-                    for (int i = 0; i < 4; i++) asm volatile("" : "+f"(d[m][i])::"memory");
+                    for (int i = 0; i < 4; i++) {
+                        float part = 0;
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float part = 0;
-#pragma unroll
-                    for (int m = 0; m < 4; m++) part += d[m][i] * exponent(of[i / 2] >> 8 * m & 0xff);
-                    sum[i] += part * (i % 2 ? f.y : f.x);
+                        for (int m = 0; m < 4; m++) part += d[m][i] * exponent(of[i / 2] >> 8 * m & 0xff);
+                        sum[i] += part * (i % 2 ? f.y : f.x);
+                    }
                 }
             }
+            write(sum, list + first, now, shares, out, rows, (blockIdx.x * TILES + n) * ROWS + warp * ROWS / 4 + g, limit);
         }
         asm volatile("cp.async.wait_group 0;" ::: "memory");
-        if (group) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) parts[threadIdx.x % 128][i] = sum[i];
-        }
-        __syncthreads();
-        if (!group) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) sum[i] = GROUPS == 2 ? sum[i] + parts[threadIdx.x][i] : before[i] + sum[i];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int n = 2 * j + i;
-                if (n >= now) continue;
-                const long long pair = list[first + n];
-                if (UP) {
-                    const float a = fminf(sum[i], limit), b = fminf(fmaxf(sum[2 + i], -limit), limit);
-                    const float y = __fdiv_rn(a, 1.0f + __expf(-a)) * b * shares[pair];
-                    u16 bits;
-                    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(y));
-                    ((u16*)out)[pair * rows + blockIdx.x * 32 + warp * 8 + g] = bits;
-                } else {
-                    float* to = (float*)out + pair * rows + blockIdx.x * 64 + warp * 16 + g;
-                    to[0] = sum[i], to[8] = sum[2 + i];
-                }
-            }
-        }
         __syncthreads();
     }
 }

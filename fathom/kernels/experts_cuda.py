@@ -8,6 +8,7 @@ result; everything above is float32.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ MOST_PAIRS = 512
 """Pairs of a token and an expert that a block can look through."""
 _TOGETHER = 8
 """Pairs of an expert that are multiplied at once."""
-_STAGES = 4
+_STAGES = 3
 
 
 def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:
@@ -34,28 +35,30 @@ def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:
 
 
 def gate_up(
-    x: Tensor, scales: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, groups: int = 0
+    x: Tensor, scales: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, tiles: int = 1
 ) -> Tensor:
     """shares * silu(min(a, limit)) * clamp(b, -limit, limit), [a, b] = w13[e] x, for every pair: BF16 [P, I].
 
-    x e4m3 [T, D] and scales [T, D / 128] from `quantise`; chosen int32 and shares float32 [T, k]; groups: of four
-    warps in a block (0: chosen by the number of pairs), which changes no bit.
+    x e4m3 [T, D] and scales [T, D / 128] from `quantise`; chosen int32 and shares float32 [T, k]; tiles: of 64 rows in
+    a block, which changes no bit.
     """
     width = weights.w13.shape[1] // 2
     out = torch.empty((chosen.numel(), width), dtype=torch.bfloat16, device=x.device)
-    run, threads = _kernel(x, chosen, True, groups)
+    tiles = math.gcd(width // 32, tiles)
+    run = _kernel(x, chosen, True, tiles)
     arguments = (weights.w13, weights.s13, x, scales, chosen, shares, out)
-    run((width // 32, chosen.numel()), threads, x.device, *_arguments(arguments, chosen.numel(), width, limit))
+    run((width // 32 // tiles, chosen.numel()), 128, x.device, *_arguments(arguments, chosen.numel(), width, limit))
     return out
 
 
-def down(x: Tensor, scales: Tensor, chosen: Tensor, weights: Fp4Experts, groups: int = 0) -> Tensor:
-    """w2[e] x for every pair, float32 [P, D]; x e4m3 [P, I] and scales [P, I / 128]."""
+def down(x: Tensor, chosen: Tensor, weights: Fp4Experts, tiles: int = 0) -> Tensor:
+    """w2[e] x for every pair, float32 [P, D]; x BF16 [P, I], which is rounded to e4m3 per 128."""
     hidden = weights.w2.shape[1]
     out = torch.empty((chosen.numel(), hidden), dtype=torch.float32, device=x.device)
-    run, threads = _kernel(x, chosen, False, groups)
-    arguments = (weights.w2, weights.s2, x, scales, chosen, scales, out)
-    run((hidden // 64, chosen.numel()), threads, x.device, *_arguments(arguments, chosen.numel(), hidden, 0.0))
+    tiles = math.gcd(hidden // 64, tiles or (2 if chosen.numel() <= 64 else 4))
+    run = _kernel(x, chosen, False, tiles)
+    arguments = (weights.w2, weights.s2, x, x, chosen, x, out)
+    run((hidden // 64 // tiles, chosen.numel()), 128, x.device, *_arguments(arguments, chosen.numel(), hidden, 0.0))
     return out
 
 
@@ -67,15 +70,14 @@ def few(
 
     chosen = chosen.int()
     hidden = gate_up(*quantise(x), chosen, shares, weights, limit)
-    return combine(down(*quantise(hidden), chosen, weights), chosen.shape[1], shared)
+    return combine(down(hidden, chosen, weights), chosen.shape[1], shared)
 
 
-def _kernel(x: Tensor, chosen: Tensor, up: bool, groups: int) -> tuple[Kernel, int]:
-    columns, pairs = x.shape[1], chosen.numel()
-    groups = groups or (2 if pairs <= 8 or (up and pairs <= 64) else 1)
-    shared = _TOGETHER * columns + 64 * (columns // 32) + groups * 4 * _STAGES * 1024
-    sizes = {"K": columns, "GROUPS": groups, "STAGES": _STAGES, "UP": int(up), "TOP": chosen.shape[1]}
-    return kernel("experts.cu", "experts", x.device, shared, **sizes), 128 * groups
+def _kernel(x: Tensor, chosen: Tensor, up: bool, tiles: int) -> Kernel:
+    columns = x.shape[1]
+    shared = _TOGETHER * columns + tiles * 64 * (columns // 32 + 16) + 4 * _STAGES * 2048
+    sizes = {"K": columns, "TILES": tiles, "STAGES": _STAGES, "UP": int(up), "TOP": chosen.shape[1]}
+    return kernel("experts.cu", "experts", x.device, shared, **sizes)
 
 
 def _arguments(tensors: tuple[Tensor, ...], pairs: int, rows: int, limit: float) -> list[Any]:

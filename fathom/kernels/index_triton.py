@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fathom.kernels import index_cuda
 from fathom.kernels.common_triton import PLAIN, from_e8m0, inverse_pow2, operand, options, power_of_two
 from fathom.kernels.decode import Memory, Tokens
 
@@ -49,6 +50,8 @@ def select(q: Tensor, weights: Tensor, tokens: Tokens, memory: Memory, k: int, m
 
 def choose(scores: Tensor, tokens: Tokens, table: Tensor, per: int, k: int) -> Tensor:
     """Rows int32 [B, k] of the k best of scores [B, n], of which a token at p sees the first (p + 1) / 4."""
+    if index_cuda.has(scores, k):
+        return index_cuda.choose(scores, tokens, table, per, k)
     count, number = scores.shape
     chunks = triton.cdiv(number, CHUNK)
     out = torch.empty((count, k), dtype=torch.int32, device=scores.device)

@@ -84,41 +84,51 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) turn(
     }
 }
 
-__device__ __forceinline__ float sigmoid(float v) { return __fdiv_rn(1.0f, 1.0f + __expf(-v)); }
+__device__ __forceinline__ float sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
 
-// Four values over their sum.
-__device__ __forceinline__ void even(float& a, float& b, float& c, float& d, float eps) {
-    const float r = __frcp_rn(((a + b) + (c + d)) + eps);
-    a *= r, b *= r, c *= r, d *= r;
+__device__ __forceinline__ float inverse(float v) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
 }
 
-// post = 2 sigmoid, comb = the rounds over the other mixing weights m, already scaled by the RMS. One thread.
+// post = 2 sigmoid, comb = the rounds over the other mixing weights m, already scaled by the RMS. One thread, whose time is
+// that of the chain from one sum to the next: the matrix stays, its rows and columns get factors, the reciprocals of the
+// hardware are good to a last bit, which the next round mends.
 __device__ void sinkhorn(const float* m, const float* scale, const float* base, float eps, float* post, float* comb) {
-    float c[N][N];
+    float c[N][N], rows[N], columns[N];
 #pragma unroll
     for (int i = 0; i < N; i++) {
         post[i] = 2.0f * sigmoid(m[N + i] * scale[1] + base[N + i]);
-        float most = -1e38f;
+        float most = -1e38f, sum = 0;
 #pragma unroll
         for (int j = 0; j < N; j++) {
             c[i][j] = m[2 * N + i * N + j] * scale[2] + base[2 * N + i * N + j];
             most = fmaxf(most, c[i][j]);
         }
 #pragma unroll
-        for (int j = 0; j < N; j++) c[i][j] = __expf(c[i][j] - most);
-        even(c[i][0], c[i][1], c[i][2], c[i][3], 0.0f);
+        for (int j = 0; j < N; j++) c[i][j] = __expf(c[i][j] - most), sum += c[i][j];
+        const float share = inverse(sum);
 #pragma unroll
-        for (int j = 0; j < N; j++) c[i][j] += eps;
+        for (int j = 0; j < N; j++) c[i][j] = c[i][j] * share + eps;
+        rows[i] = columns[i] = 1.0f;
     }
+#pragma unroll 1
     for (int round = 0; round < ROUNDS; round++) {
         if (round)
 #pragma unroll
-            for (int i = 0; i < N; i++) even(c[i][0], c[i][1], c[i][2], c[i][3], eps);
+            for (int i = 0; i < N; i++) {
+                const float sum = (c[i][0] * columns[0] + c[i][1] * columns[1]) + (c[i][2] * columns[2] + c[i][3] * columns[3]);
+                rows[i] *= inverse(rows[i] * sum + eps);
+            }
 #pragma unroll
-        for (int j = 0; j < N; j++) even(c[0][j], c[1][j], c[2][j], c[3][j], eps);
+        for (int j = 0; j < N; j++) {
+            const float sum = (c[0][j] * rows[0] + c[1][j] * rows[1]) + (c[2][j] * rows[2] + c[3][j] * rows[3]);
+            columns[j] *= inverse(columns[j] * sum + eps);
+        }
     }
 #pragma unroll
-    for (int i = 0; i < N * N; i++) comb[i] = c[i / N][i % N];
+    for (int i = 0; i < N * N; i++) comb[i] = c[i / N][i % N] * rows[i / N] * columns[i % N];
 }
 
 // out BF16 [T, D], and the same rounded to e4m3 with a scale per 128; post [T, N], comb [T, N, N].

@@ -32,5 +32,7 @@ def test_a_token_has_the_same_bits_in_any_company_and_split() -> None:
     x, (chosen, shares) = rand(40, 1536, seed=6).bfloat16(), routing(40, 8, 3)
     alone = torch.cat([ops.few(x[t : t + 1], chosen[t : t + 1], shares[t : t + 1], weights, LIMIT) for t in range(40)])
     assert torch.equal(ops.few(x, chosen, shares, weights, LIMIT), alone)
-    both = [ops.gate_up(*quantise(x), chosen, shares, weights, LIMIT, groups) for groups in (1, 2)]
+    both = [ops.gate_up(*quantise(x), chosen, shares, weights, LIMIT, tiles) for tiles in (1, 2, 4)]
+    assert torch.equal(both[0], both[1]) and torch.equal(both[0], both[2])
+    both = [ops.down(both[0], chosen, weights, tiles) for tiles in (1, 8)]
     assert torch.equal(*both)

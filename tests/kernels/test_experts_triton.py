@@ -23,8 +23,9 @@ from fathom.kernels.words import from_words, to_words  # noqa: E402
 pytestmark = pytest.mark.external if INTERPRETED else pytest.mark.gpu
 LIMIT = 10.0
 K = 2 if INTERPRETED else 3
-TOLERANCE = 3e-2 if INTERPRETED else 5e-3
-"""Of the whole: a different last bit before the second quantisation is a different e4m3 value now and then. The
+TOLERANCE = 3e-2 if INTERPRETED else 8e-3
+"""Of the whole: a different last bit before the second quantisation is a different e4m3 value now and then. So 7.5e-5
+of the hidden row, which is what FP16 sums cost, become 5.3e-3 of the result; `test_each_product_alone` is closer. The
 interpreter also truncates to BF16 where the device rounds."""
 SHAPES = ((3, 128, 128), (3, 384, 128)) if INTERPRETED else ((16, 512, 128), (24, 4096, 1024), (9, 1536, 2048))
 
