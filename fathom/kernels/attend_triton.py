@@ -9,7 +9,6 @@ blocks of 32 rows, what the indexer chose likewise, all closed entries in at mos
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fathom.kernels.common_triton import PLAIN, from_e8m0, operand, options, power_of_two
-from fathom.kernels.cuda import kernel
 from fathom.kernels.decode import Memory, Tokens
 from fathom.kernels.store_triton import turned
 from fathom.kernels.stored import BLOCK
@@ -28,7 +26,7 @@ ROWS = 16 if PLAIN else 32
 """Rows that a program looks at together."""
 SPLITS = 4 if PLAIN else 32
 """Splits of all closed entries, at most."""
-_HEADS, _WARPS, _MOST_SPLITS = 16, 4, 64
+_HEADS = 16
 _COLUMNS = 128
 """Columns that a program of the second launch sums up."""
 
@@ -49,29 +47,14 @@ def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, c
         q.contiguous(), *_planes(memory.window), *_planes(held), tokens.slots if chosen is None else chosen,
         tokens.slots, tokens.positions, memory.table, parts, sums, memory.table.shape[1], heads, windows + splits,
         number, width**-0.5, width, power_of_two(width), rope, memory.span, memory.window.per, ratio, held.per, ROWS,
-        SPLITS, _HEADS, chosen is not None, PLAIN, **options(q, _WARPS),
+        SPLITS, _HEADS, chosen is not None, PLAIN, **options(q, 4),
     )  # fmt: skip
-    if _has_sums(q, windows + splits):
-        constants = {"C": width, "ROPE": rope, "SPAN": memory.span, "B": ROWS, "RATIO": ratio, "SPLITS": SPLITS}
-        run = kernel(
-            "attend.cu", "combine", q.device, **constants, CHOSEN=int(chosen is not None), MOST=windows + splits
-        )
-        tensors = (parts, sums, sink, tokens.turn(ratio), tokens.slots, tokens.positions, out)
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-        run((heads, count), width // 4, q.device, *pointers, ctypes.c_int(heads), ctypes.c_int(number))
-        return out
     _combine[(triton.cdiv(width, _COLUMNS), heads, count)](
         parts, sums, sink, tokens.turn(ratio), tokens.slots, tokens.positions, out, heads, windows + splits, number,
         width, rope, memory.span, ratio, ROWS, SPLITS, _padded(windows, chosen), chosen is not None, _COLUMNS,
         **options(q, 4),
     )  # fmt: skip
     return out
-
-
-def _has_sums(q: Tensor, splits: int) -> bool:
-    """Whether attend.cu sums up: there Triton takes barriers where each thread can do for itself."""
-    fits = q.shape[2] % 128 == 0 and splits <= _MOST_SPLITS
-    return not PLAIN and fits and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
 
 
 def _splits(memory: Memory, most: int, chosen: Tensor | None) -> tuple[int, int, int]:
