@@ -89,7 +89,14 @@ def _configs() -> Iterator[ModelConfig]:
 
 def _layers(c: ModelConfig) -> None:
     """Stores, choice and attention of steps and of prompts."""
-    from fathom.kernels import attend_triton, index_triton, prefill_index_triton, prefill_triton, store_triton
+    from fathom.kernels import (
+        attend_triton,
+        index_triton,
+        prefill_index_triton,
+        prefill_read_triton,
+        prefill_triton,
+        store_triton,
+    )
 
     rand = torch.randn
     for ratio, packed in ((0, False), (4, False), (4, True), (128, False)):
@@ -116,10 +123,10 @@ def _layers(c: ModelConfig) -> None:
         if index_q is not None:
             weights = rand(8, c.index_n_heads).to(bf16)
             chosen = index_triton.select(index_q, weights, tokens, memory, c.index_topk, 1024)
-            keys = prefill_index_triton.read_keys(memory.table, memory.keys, 0, 200)
+            keys = prefill_read_triton.read_keys(memory.table, memory.keys, 0, 200)
             picked = prefill_index_triton.select(index_q, weights.float(), *keys, 800, c.index_topk)
         if ratio:
-            entries = prefill_index_triton.read_rows(memory.table, memory.entries, 0, 0, 1024 // ratio)
+            entries = prefill_read_triton.read_rows(memory.table, memory.entries, 0, 0, 1024 // ratio)
         attend_triton.attend(q, rand(c.num_attention_heads), tokens, memory, 1024, chosen)
         prefill_triton.attend(
             q, near, entries, picked, rand(c.num_attention_heads), tokens.turns[0].contiguous(), 300, ratio, 128
