@@ -19,8 +19,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fathom.kernels.common_triton import PLAIN, from_e8m0, operand, options, power_of_two
 from fathom.kernels.decode import Memory, Tokens
-from fathom.kernels.store_triton import turned
 from fathom.kernels.stored import BLOCK
+from fathom.kernels.stored_triton import turned
 
 ROWS = 16 if PLAIN else 32
 """Rows that a program looks at together."""

@@ -2,7 +2,8 @@
 
 Reference 2.5 to 2.8, 4, 5.1. `prepare` does all of it for a decode step. A piece of a prompt, which may be longer than
 what is kept, first makes entries and queries (`enter`), reads the recent rows (`recent`), and at its end leaves its own
-(`remember`). These are the contracts with their references in torch; the GPU's versions stand in `store_triton`.
+(`remember`). These are the contracts with their references in torch; the GPU's versions stand in `store_triton`, that of
+`recent` in `stored_triton`.
 
 Several tokens of one sequence must be neighbours in the batch and in order; in a decode step (drafts) no more than 8.
 """
@@ -106,7 +107,7 @@ def remember(
             _keep((tail,), (_biased(projected, tokens, weights),), tokens, first, last, end)
 
 
-@beside("store_triton")
+@beside("stored_triton")
 def recent(window: Rows, slot: int, first: int, count: int) -> Tensor:
     """The slot's rows of positions first .. first + count - 1, which must still be kept: BF16 [count, C]."""
     at = torch.arange(first, first + count, device=window.data.device)

@@ -18,20 +18,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fathom.kernels.common_triton import (
-    PLAIN,
-    fp8_scale,
-    from_e8m0,
-    inverse_pow2,
-    operand,
-    options,
-    power_of_two,
-    round_e4m3,
-)  # fmt: skip
+from fathom.kernels.common_triton import PLAIN, operand, options, power_of_two
 from fathom.kernels.decode import Memory, Tokens
 from fathom.kernels.quant import hadamard_matrix
 from fathom.kernels.store import Norms, Projected
-from fathom.kernels.stored import BLOCK, Keys, Rows
+from fathom.kernels.stored import BLOCK
+from fathom.kernels.stored_triton import bf16, fp4, normed, planes_of, rounded, store_key, store_row, turned
 
 _HEADS, _INDEX_HEADS = 4, 16
 """Heads that a program makes the queries of."""
@@ -62,19 +54,6 @@ def remember(
     return None
 
 
-def recent(window: Rows, slot: int, first: int, count: int) -> Any:
-    """`store.recent`; NotImplemented for fronts that are no multiple of 64."""
-    if (window.width - window.rope) % BLOCK:
-        return NotImplemented
-    out = torch.empty((count, window.width), dtype=torch.bfloat16, device=window.data.device)
-    if count:
-        _recent[(count,)](
-            *_planes(window), out, slot, first, window.width, power_of_two(window.width), window.rope, window.per,
-            PLAIN, **options(out, 1),
-        )  # fmt: skip
-    return out
-
-
 def _launched(
     made: Projected, tokens: Tokens, memory: Memory, norms: Norms, enters: bool, keeps: bool, end: int = 0
 ) -> Any:
@@ -95,7 +74,7 @@ def _launched(
     entry = _place(memory, memory.entries, made.entries, memory.tail, norms.entries, kv, norms)
     key = _place(memory, memory.keys, made.keys, memory.key_tail, norms.keys, kv, norms)
     _prepare[(3 + sum(blocks), count)](
-        q, out, iq, iout, hadamard_matrix(dim, torch.bfloat16, q.device), kv, norms.kv, rows, *_planes(memory.window),
+        q, out, iq, iout, hadamard_matrix(dim, torch.bfloat16, q.device), kv, norms.kv, rows, *planes_of(memory.window),
         turn, of_block, tokens.slots, tokens.positions, memory.table, *entry, *key, norms.eps, kv.stride(0), heads,
         index_heads, memory.table.shape[1], blocks[0], end, width, power_of_two(width), memory.window.rope, dim,
         memory.ratio, memory.window.per, _tail(memory), 128 // max(memory.ratio, 1),
@@ -113,105 +92,7 @@ def _place(memory: Memory, store: Any, projected: Any, tail: Any, weights: Any, 
     """Of a compressor: projections and their stride, tail, bias, norm, and the planes where entries go."""
     if store is None:
         return none, 0, none, none, norms.kv, none, none, none
-    return projected, projected.stride(0), tail, weights.ape, weights.norm, *_planes(store)
-
-
-def _planes(store: Rows | Keys) -> tuple[Tensor, Tensor, Tensor]:
-    """Data as e4m3 (packed keys: as bytes), as BF16, and scales."""
-    codes = store.data if isinstance(store, Keys) and store.packed else store.data.view(torch.float8_e4m3fn)
-    return codes, store.data.view(torch.bfloat16), store.scales
-
-
-@triton.jit
-def bf16(x):
-    """Rounded to BF16, as float32."""
-    return x.to(tl.bfloat16).to(tl.float32)
-
-
-@triton.jit
-def turned(x, turn, R: tl.constexpr, B: tl.constexpr, C: tl.constexpr, ROPE: tl.constexpr, BACK: tl.constexpr, FROM):
-    """The last ROPE of C columns of x [R, B], columns FROM.. of a row, turned and rounded to BF16."""
-    even, odd = tl.split(tl.reshape(x, (R, B // 2, 2)))
-    pair = tl.arange(0, B // 2) + FROM // 2 - (C - ROPE) // 2
-    inside = (pair >= 0) & (pair < ROPE // 2)
-    cos = tl.load(turn + 2 * pair, mask=inside, other=1.0)[None, :]
-    sin = tl.load(turn + 2 * pair + 1, mask=inside, other=0.0)[None, :]
-    if BACK:
-        sin = -sin
-    return tl.reshape(tl.join(bf16(even * cos - odd * sin), bf16(even * sin + odd * cos)), (R, B))
-
-
-@triton.jit
-def _normed(x, C: tl.constexpr, EPS):
-    return x * (1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / C + EPS))[:, None]
-
-
-@triton.jit
-def _rounded(x, B: tl.constexpr, C: tl.constexpr, ROPE: tl.constexpr):
-    """The values [B] of x [1, B] once it is stored as a row."""
-    v = tl.reshape(x, (B // 64, 64))
-    scale = fp8_scale(tl.max(tl.abs(v), 1))[:, None]
-    front = tl.reshape(round_e4m3(v * inverse_pow2(scale)) * scale, (B,))
-    return tl.where(tl.arange(0, B) < C - ROPE, front, tl.reshape(x, (B,))).to(tl.bfloat16)
-
-
-@triton.jit
-def _store_row(x, codes, rope, scales, row, B: tl.constexpr, C: tl.constexpr, ROPE: tl.constexpr):
-    """x [1, B] as a stored row."""
-    FRONT: tl.constexpr = C - ROPE
-    r = tl.arange(0, B)
-    rb = tl.arange(0, B // 64)
-    v = tl.reshape(x, (B // 64, 64))
-    scale = fp8_scale(tl.max(tl.abs(v), 1))
-    q = tl.reshape(round_e4m3(v * inverse_pow2(scale)[:, None]), (B,))
-    tl.store(codes + row * (FRONT + 2 * ROPE) + r, q.to(tl.float8e4nv), mask=r < FRONT)
-    PADDED: tl.constexpr = (FRONT + 511) // 512 * 8
-    exponent = scale.to(tl.int32, bitcast=True) >> 23
-    tl.store(scales + row * PADDED + rb, exponent.to(tl.uint8), mask=rb * 64 < FRONT)
-    place = rope + row * (FRONT // 2 + ROPE) + FRONT // 2 + r - FRONT
-    tl.store(place, tl.reshape(x, (B,)).to(tl.bfloat16), mask=(r >= FRONT) & (r < C))
-
-
-@triton.jit
-def _fp4(x, R: tl.constexpr, D: tl.constexpr):
-    """x [R, D] on the e2m1 grid: values over their scales [R, D / 32, 32], and the scales [R, D / 32]."""
-    v = tl.reshape(x, (R, D // 32, 32))
-    amax = tl.maximum(tl.max(tl.abs(v), 2), 7.052966104933725e-38)
-    bits = tl.div_rn(amax, 6.0 + tl.zeros_like(amax)).to(tl.int32, bitcast=True)
-    scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    y = v * inverse_pow2(scale)[:, :, None]
-    step = tl.where(tl.abs(y) < 2.0, 0.5, tl.where(tl.abs(y) < 4.0, 1.0, 2.0))
-    inverse = tl.where(tl.abs(y) < 2.0, 2.0, tl.where(tl.abs(y) < 4.0, 1.0, 0.5))
-    return ((y * inverse + 12582912.0) - 12582912.0) * step, scale
-
-
-@triton.jit
-def _store_key(x, codes, scales, row, D: tl.constexpr, PACKED: tl.constexpr):
-    """x [1, D] as a stored index key."""
-    y, scale = _fp4(x, 1, D)
-    if PACKED:
-        size = tl.abs(y)
-        code = tl.where(size < 2.0, size * 2.0, tl.where(size < 4.0, size + 2.0, size * 0.5 + 4.0)).to(tl.int32)
-        code = code | tl.where(tl.reshape(x, (1, D // 32, 32)).to(tl.int32, bitcast=True) < 0, 8, 0)
-        low, high = tl.split(tl.reshape(code, (D // 2, 2)))
-        tl.store(codes + row * (D // 2) + tl.arange(0, D // 2), (low | (high << 4)).to(tl.uint8))
-        exponent = tl.reshape(scale, (D // 32,)).to(tl.int32, bitcast=True) >> 23
-        tl.store(scales + row * (D // 32) + tl.arange(0, D // 32), exponent.to(tl.uint8))
-    else:
-        v = tl.reshape(y * scale[:, :, None], (1, D))
-        one = _key_scale(v)
-        tl.store(
-            codes + row * D + tl.arange(0, D)[None, :], round_e4m3(v * inverse_pow2(one)[:, None]).to(tl.float8e4nv)
-        )
-        tl.store(scales + row + tl.arange(0, 1), one)
-
-
-@triton.jit
-def _key_scale(v):
-    """The one power of two under which a row of FP4 values fits into e4m3."""
-    amax = tl.maximum(tl.max(tl.abs(v), 1), 7.888609052210118e-31)
-    bits = tl.div_rn(amax, 448.0 + tl.zeros_like(amax)).to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return projected, projected.stride(0), tail, weights.ape, weights.norm, *planes_of(store)
 
 
 @triton.jit
@@ -292,7 +173,7 @@ def _compressed(
                 )  # fmt: skip
                 top, total, acc = _add(value, gate, top, total, acc)
         pooled = tl.where(inside, acc / total, 0.0)
-        x = _normed(tl.reshape(bf16(pooled), (1, B)), D, EPS)
+        x = normed(tl.reshape(bf16(pooled), (1, B)), D, EPS)
         x = bf16(x * tl.load(norm + r, mask=inside, other=0.0).to(tl.float32)[None, :])
         x = turned(x, turn + b * ROPE, 1, B, D, ROPE, False, 0)
         block = position // RATIO
@@ -300,9 +181,9 @@ def _compressed(
         if KEY:
             square = tl.load(mixer + r[:, None] * D + r[None, :]).to(tl.float32)
             mixed = bf16(tl.sum(tl.reshape(x, (B, 1)) * square, 0))
-            _store_key(tl.reshape(mixed, (1, B)), codes, scales, page * PER + block % PER, D, PACKED)
+            store_key(tl.reshape(mixed, (1, B)), codes, scales, page * PER + block % PER, D, PACKED)
         else:
-            _store_row(x, codes, rope, scales, page * PER + block % PER, B, D, ROPE)
+            store_row(x, codes, rope, scales, page * PER + block % PER, B, D, ROPE)
 
 
 @triton.jit
@@ -326,13 +207,13 @@ def _prepare(
     if role == 0:
         if slot >= 0:
             x = tl.load(kv + b.to(tl.int64) * KVSTRIDE + r, mask=r < C, other=0.0).to(tl.float32)
-            x = _normed(tl.reshape(x, (1, B)), C, EPS)
+            x = normed(tl.reshape(x, (1, B)), C, EPS)
             x = bf16(x * tl.load(weight + r, mask=r < C, other=0.0).to(tl.float32)[None, :])
             x = turned(x, turn, 1, B, C, ROPE, False, 0)
             if not KEEPS:
-                tl.store(rows + b.to(tl.int64) * C + r, _rounded(x, B, C, ROPE), mask=r < C)
+                tl.store(rows + b.to(tl.int64) * C + r, rounded(x, B, C, ROPE), mask=r < C)
             elif position >= END - RING:
-                _store_row(x, codes, rope, scales, slot.to(tl.int64) * RING + position % RING, B, C, ROPE)
+                store_row(x, codes, rope, scales, slot.to(tl.int64) * RING + position % RING, B, C, ROPE)
     elif role == 1:
         if RATIO > 0:
             if slot >= 0:
@@ -353,7 +234,7 @@ def _prepare(
         heads = (role - 3) * HB + tl.arange(0, HB)
         mask = (heads < H)[:, None] & (r < C)[None, :]
         place = (b.to(tl.int64) * H + heads)[:, None] * C + r[None, :]
-        x = bf16(_normed(tl.load(q + place, mask=mask, other=0.0).to(tl.float32), C, EPS))
+        x = bf16(normed(tl.load(q + place, mask=mask, other=0.0).to(tl.float32), C, EPS))
         tl.store(out + place, turned(x, turn, HB, B, C, ROPE, False, 0).to(tl.bfloat16), mask=mask)
     else:
         if RATIO == 4:
@@ -363,25 +244,5 @@ def _prepare(
             spot = (b.to(tl.int64) * IH + index_heads)[:, None] * D + rd[None, :]
             v = turned(tl.load(iq + spot, mask=there, other=0.0).to(tl.float32), turn, IB, D, D, ROPE, False, 0)
             square = operand(tl.load(mixer + rd[:, None] * D + rd[None, :]), PLAIN)
-            y, scale = _fp4(bf16(tl.dot(operand(v.to(tl.bfloat16), PLAIN), square, input_precision="ieee")), IB, D)
+            y, scale = fp4(bf16(tl.dot(operand(v.to(tl.bfloat16), PLAIN), square, input_precision="ieee")), IB, D)
             tl.store(iout + spot, tl.reshape(y * scale[:, :, None], (IB, D)).to(tl.bfloat16), mask=there)
-
-
-@triton.jit
-def _recent(
-    codes, rope, scales, out, SLOT, FIRST, C: tl.constexpr, B: tl.constexpr, ROPE: tl.constexpr, RING: tl.constexpr,
-    PLAIN: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    i = tl.program_id(0)
-    r = tl.arange(0, B)
-    FRONT: tl.constexpr = C - ROPE
-    PADDED: tl.constexpr = (FRONT + 511) // 512 * 8
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = SLOT * RING + (FIRST + i) % RING
-    code = tl.load(codes + row * (FRONT + 2 * ROPE) + r, mask=r < FRONT, other=0.0).to(tl.float32)
-    scale = from_e8m0(tl.load(scales + row * PADDED + r // 64, mask=r < FRONT, other=127))
-    end = tl.load(rope + row * (FRONT // 2 + ROPE) + FRONT // 2 + r - FRONT, mask=(r >= FRONT) & (r < C), other=0.0)
-    value = tl.where(r < FRONT, code * scale, end.to(tl.float32))
-    tl.store(out + i * C + r, value.to(tl.bfloat16), mask=r < C)

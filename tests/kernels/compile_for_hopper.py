@@ -96,6 +96,7 @@ def _layers(c: ModelConfig) -> None:
         prefill_read_triton,
         prefill_triton,
         store_triton,
+        stored_triton,
     )
 
     rand = torch.randn
@@ -119,7 +120,7 @@ def _layers(c: ModelConfig) -> None:
         q, index_q = store_triton.prepare(made, tokens, memory, norms)
         store_triton.enter(made, tokens, memory, norms)
         store_triton.remember(made, tokens, memory, norms, 0, 8, 308)
-        near, chosen, picked, entries = store_triton.recent(memory.window, 1, 200, 100), None, None, None
+        near, chosen, picked, entries = stored_triton.recent(memory.window, 1, 200, 100), None, None, None
         if index_q is not None:
             weights = rand(8, c.index_n_heads).to(bf16)
             chosen = index_triton.select(index_q, weights, tokens, memory, c.index_topk, 1024)

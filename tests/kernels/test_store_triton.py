@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 DEVICE = device()
 if DEVICE is None:
     pytest.skip("no CUDA device", allow_module_level=True)
-from fathom.kernels import attend_triton, index_triton, store_triton  # noqa: E402
+from fathom.kernels import attend_triton, index_triton, store_triton, stored_triton  # noqa: E402
 
 pytestmark = pytest.mark.external if INTERPRETED else pytest.mark.gpu
 TOLERANCE, COARSE = 0.03, 0.1
@@ -152,7 +152,7 @@ def test_pieces_of_prompts(ratio: int, packed: bool) -> None:
     first = 0
     for slot, start, n in spans:
         before = (slot, max(0, start - 127), min(start, 127))
-        rows = store_triton.recent(layer.ours.window, *before)
+        rows = stored_triton.recent(layer.ours.window, *before)
         assert error(rows, store.recent(layer.ours.window, *before)) < 1e-6
         assert store_triton.remember(made, tokens, layer.ours, layer.norms, first, first + n, start + n) is None
         store.remember(made, tokens, layer.theirs, layer.norms, first, first + n, start + n)
