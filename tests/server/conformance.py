@@ -143,6 +143,61 @@ Written by `python -m tests.server.conformance`.
 | ---: | --- | --- | --- |
 """
 
+TAIL = """
+## At full length
+
+What `make test` runs in a shorter form, as last run at full length (2026-11-28, two cores that others used as well).
+
+| what | command | measured |
+| --- | --- | --- |
+"""
+
+FULL = (
+    (
+        "nothing leaks: random completions, well-formed and broken, through three protocols, streamed and whole",
+        "make fuzz",
+        "10,000, no leak, streamed as whole",
+    ),
+    (
+        "bodies drawn from our description for ten minutes",
+        "FATHOM_FUZZ_SECONDS=600 pytest -m external tests/server/test_clients.py -k schemathesis",
+        "4,329, no status 500, no place taken",
+    ),
+    (
+        "valid bodies with one or two values replaced",
+        "FATHOM_FUZZ_BODIES=1500 pytest tests/server/test_mutated_bodies.py",
+        "6,000, each answered or refused",
+    ),
+    (
+        "LiteLLM 1.110, langchain-openai 1.7, llm 0.36: an answer, a stream, a call",
+        "pytest -m external tests/server/test_clients.py",
+        "each sees what was said",
+    ),
+    ("random workloads of the scheduler, every step checked", "pytest tests/engine/test_scheduler.py", "2,510"),
+    (
+        "the same bits: 20 workloads of 60 prompts, each cold and alone, then in company; from the device; "
+        "from memory, pre-empted; from the disk after a restart",
+        "pytest -m external tests/engine/test_engine.py",
+        "4,800 answers, 81,136 tokens and their log probabilities, all equal",
+    ),
+    (
+        "the same bits: conversations that grow, branch and are edited, through evictions, restarts and damaged files",
+        "pytest -m external tests/engine/test_prefix.py",
+        "1,330 prompts of 40 trees; 239,232 tokens reused, 224 restarts, 547 damaged files",
+    ),
+    (
+        "`kill -9` of two processes that write one cache",
+        "pytest -m external tests/engine/test_disk.py",
+        "50 times; 6,509 entries read, none wrong; 50 unfinished files passed over",
+    ),
+    (
+        "case 93: eight chats while 200,000 tokens are read",
+        "pytest -m external tests/server/test_cases_limits.py",
+        "no gap of a second",
+    ),
+)
+"""What is proved, by what command, and what it measured."""
+
 
 def found() -> dict[int, list[str]]:
     """The files with tests of each case; a name has one case (`test_case_12_`) or a range (`test_cases_21_to_23_`)."""
@@ -165,7 +220,8 @@ def page() -> str:
         files = dict.fromkeys(tests.get(case, ()))
         links = ", ".join(f"{tests[case].count(f)} in [{f}](../tests/server/{f})" for f in files)
         rows.append(f"| {case} | {what} | {links or 'none'} | {NOTES.get(case, '')} |")
-    return HEAD + "\n".join(rows) + "\n"
+    full = [f"| {what} | `{command}` | {measured} |" for what, command, measured in FULL]
+    return HEAD + "\n".join(rows) + "\n" + TAIL + "\n".join(full) + "\n"
 
 
 if __name__ == "__main__":
