@@ -1,7 +1,7 @@
 """What tokens leave behind in a layer, and what they ask it with: between a layer's projections and its attention.
 
 Reference 2.5 to 2.8, 4, 5.1. `prepare` does all of it for a decode step. A piece of a prompt, which may be longer than
-what is kept, first makes entries and queries (`enter`), reads the recent rows (`recent`), and at its end leaves its own
+what is kept, makes entries and queries (`enter`), reads the recent rows (`recent`), and leaves its own at its end
 (`remember`). These are the contracts with their references in torch; the GPU's versions stand in `store_triton`, that of
 `recent` in `stored_triton`.
 

@@ -84,12 +84,10 @@ class Terminal:
 def _own_terminal() -> None:
     """Ctrl-C reaches the program as it does at a terminal, also where this run was started in the background."""
     import fcntl
-    import signal
     import termios
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what runs in its background ignore it
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 @pytest.fixture
@@ -105,7 +103,8 @@ def test_a_conversation_with_ctrl_c(terminal: Terminal) -> None:
     terminal.until("> ")
     terminal.type("tell me\n")
     terminal.until("long long")
-    terminal.interrupt_until("stopped")
+    terminal.type("\x03")
+    terminal.until("stopped")
     terminal.until("> ")
     terminal.interrupt_until("/quit leaves")
     terminal.type("/effort max\nagain\n")
