@@ -1,9 +1,9 @@
 """What tokens leave behind in a layer, and what they ask it with: between a layer's projections and its attention.
 
 Reference 2.5 to 2.8, 4, 5.1. `prepare` does all of it for a decode step. A piece of a prompt, which may be longer than
-what is kept, makes entries and queries (`enter`), reads the recent rows (`recent`), and leaves its own at its end
-(`remember`). These are the contracts with their references in torch; the GPU's versions stand in `store_triton`, that of
-`recent` in `stored_triton`.
+what is kept, makes entries and queries (`enter`), reads the recent rows (`recent`), and leaves its own at the end
+(`remember`). These are the contracts with their references in torch; the GPU's versions stand in `store_triton`, and
+that of `recent` in `stored_triton`.
 
 Several tokens of one sequence must be neighbours in the batch and in order; in a decode step (drafts) no more than 8.
 """
