@@ -1,4 +1,4 @@
-"""CUDA C++ kernels: compiled at first use by NVRTC (torch brings it, no toolkit is needed), launched by the driver.
+"""CUDA C++ kernels: compiled by NVRTC (torch brings it, no toolkit is needed), kept on disk, launched by the driver.
 
 Used where Triton measures clearly worse: it has no say in which thread holds what of a product's operands. Every launch
 is a programmatic dependent one, as those of Triton are (rules: `common_triton`).
@@ -7,9 +7,12 @@ is a programmatic dependent one, as those of Triton are (rules: `common_triton`)
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 DEPENDENT = True
 """Whether launches may begin before the kernel before them has ended."""
 _PROGRAMMATIC_STREAM_SERIALIZATION, _MOST_SHARED = 6, 8
+_DIGEST = 16
 
 
 class KernelError(RuntimeError):
@@ -75,8 +79,22 @@ def kernel(file: str, name: str, device: torch.device, shared: int = 0, **consta
 
 
 def compiled(source: str, options: Sequence[str]) -> bytes:
-    """Machine code of a source. Raises KernelError with the compiler's first lines."""
-    nvrtc, program, size = _nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
+    """Machine code of a source, kept in the user's cache for the next start. Raises KernelError."""
+    nvrtc, numbers = _nvrtc(), (ctypes.c_int(), ctypes.c_int())
+    nvrtc.nvrtcVersion(*(ctypes.byref(number) for number in numbers))
+    version = [number.value for number in numbers]
+    key = blake2b(repr((version, list(options), source)).encode(), digest_size=20).hexdigest()
+    path = _folder() / f"{key}.cubin"
+    code = _kept(path)
+    if code is None:
+        code = _compiled(nvrtc, source, options)
+        _keep(path, code)
+    return code
+
+
+def _compiled(nvrtc: Any, source: str, options: Sequence[str]) -> bytes:
+    """As the compiler makes it. Raises KernelError with its first lines."""
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
     flags = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), flags)
@@ -88,6 +106,33 @@ def compiled(source: str, options: Sequence[str]) -> bytes:
     if failed:
         raise KernelError("NVRTC: " + " ".join(text.value.decode(errors="replace").split("\n")[:3]))
     return text.raw
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fathom" / "kernels"
+
+
+def _kept(path: Path) -> bytes | None:
+    """What `_keep` wrote; None where there is nothing, or something else."""
+    try:
+        whole = path.read_bytes()
+    except OSError:
+        return None
+    code = whole[_DIGEST:]
+    return code if whole[:_DIGEST] == blake2b(code, digest_size=_DIGEST).digest() else None
+
+
+def _keep(path: Path, code: bytes) -> None:
+    """Written aside and renamed, for the owner only; a folder that cannot be written costs the next start time."""
+    aside = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        aside.touch(mode=0o600)
+        aside.write_bytes(blake2b(code, digest_size=_DIGEST).digest() + code)
+        aside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()
 
 
 def _checked(status: int, what: str) -> None:
