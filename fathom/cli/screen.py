@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from dataclasses import dataclass, field
@@ -119,3 +120,16 @@ class Loading:
             self.shown = now
             text = f"{progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB, {progress.rate / 1e6:.0f} MB/s"
             print(f"\r{text}   ", end="\n" if last else "", file=sys.stderr, flush=True)
+
+
+def tell_of_device(device: str) -> None:
+    """What engine and kernels say while they get a GPU ready (which kernels, graphs captured, why not), on stderr."""
+    if device == "cpu":
+        return
+    spoken = logging.StreamHandler(sys.stderr)
+    spoken.setFormatter(logging.Formatter("%(message)s"))
+    for name in ("fathom.engine", "fathom.kernels"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logger.handlers = [spoken]

@@ -122,7 +122,7 @@ def _check_origin(origin: str) -> None:
 def _load(
     model: str, dialect: str | None, device: str, threads: int | None, max_context: int | None, memory: Memory
 ) -> tuple[LLM, Codec]:
-    from fathom.cli.screen import Loading
+    from fathom.cli.screen import Loading, tell_of_device
     from fathom.config import ModelConfig
     from fathom.encoding.codec import Codec
     from fathom.engine.llm import LLM, model_folder
@@ -132,6 +132,7 @@ def _load(
     codec = Codec.load(folder, dialect)
     context = max_context or codec.settings.context
     loading = Loading(after=1.0)
+    tell_of_device(device)
     llm = LLM.load(folder, device=device, threads=threads, max_context=context, memory=memory, progress=loading)
     return llm, codec
 

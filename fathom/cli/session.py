@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fathom.api import SamplingParams
-from fathom.cli.screen import Loading
+from fathom.cli.screen import Loading, tell_of_device
 from fathom.errors import PromptError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def open_chat(
     ModelConfig.load(folder)
     codec = Codec.load(folder, dialect)
     context = max_context or codec.settings.context
+    tell_of_device(device)
     llm = LLM.load(folder, device=device, threads=threads, max_context=context, progress=Loading(after=1.0))
     return Chat(llm, codec)
 

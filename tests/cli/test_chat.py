@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from fathom.api import Delta
 from fathom.cli.chat import Talk
 from fathom.cli.main import run
-from fathom.cli.screen import Clock, Screen
+from fathom.cli.screen import Clock, Screen, tell_of_device
 from fathom.cli.session import Sampling
 from fathom.encoding.chat import Chat
 from fathom.encoding.codec import Codec
@@ -121,3 +123,17 @@ def test_the_clock_counts_from_the_first_piece() -> None:
     first = clock.first
     clock.tick()
     assert clock.first == first
+
+
+def test_a_gpu_is_got_ready_in_the_open(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    loggers = [logging.getLogger(name) for name in ("fathom.engine", "fathom.kernels")]
+    for logger in loggers:
+        for name in ("handlers", "propagate", "level"):
+            monkeypatch.setattr(logger, name, getattr(logger, name))
+    tell_of_device("cpu")
+    loggers[0].info("nobody hears this")
+    tell_of_device("cuda")
+    tell_of_device("cuda")
+    loggers[0].info("decode graph of 8 captured")
+    loggers[1].info("kernels on cuda:0: Triton")
+    assert capfd.readouterr().err == "decode graph of 8 captured\nkernels on cuda:0: Triton\n"
