@@ -104,7 +104,9 @@ class DeviceRunner:
         ids += [0] * (len(batch.positions) - len(ids))
         x_RnD = self.model(torch.tensor(ids, device=self.cache.device), batch, self.cache)
         rows = [i for i, (p, end) in enumerate(zip(pieces, ends, strict=True)) if p.samples and p.end == end]
-        return dict(zip((pieces[i] for i in rows), self.model.logits(x_RnD[rows]), strict=True)) if rows else {}
+        # As few rows at a time as in a step: of more, the head's product belongs to another class.
+        logits = [row for i in range(0, len(rows), MOST) for row in self.model.logits(x_RnD[rows[i : i + MOST]])]
+        return dict(zip((pieces[i] for i in rows), logits, strict=True))
 
     def _again(self, piece: Piece) -> dict[Piece, Tensor]:
         """What a piece has of tokens that were sampled before."""
