@@ -30,6 +30,7 @@ from fathom.kernels import experts_triton as fp4
 from fathom.kernels import linear_triton as dense
 from fathom.kernels import prefill, prefill_index_triton, prefill_read_triton, prefill_triton
 from fathom.kernels import streams_cuda as streams
+from fathom.kernels.experts_pairs_triton import Fp4Experts
 from fathom.kernels.experts_plan_triton import by_slot, planned
 from fathom.kernels.norm_triton import rms_norm
 from fathom.kernels.quant import fp4_sim
@@ -137,7 +138,7 @@ def experts() -> None:
             torch.randint(-(2**31), 2**31 - 1, (e, n, k // 8), device=GPU, dtype=torch.int32) for e, n, k in shapes
         ]
         scales = [e8m0(e, n, k // 32) for e, n, k in shapes]
-        layer = fp4.Fp4Experts(words[0], scales[0].view(torch.uint8), words[1], scales[1].view(torch.uint8))
+        layer = Fp4Experts(words[0], scales[0].view(torch.uint8), words[1], scales[1].view(torch.uint8))
         for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096, 8192):
             whole_experts(layer, tokens, width)
             if tokens > fp4.MOST_FEW:
@@ -154,7 +155,7 @@ def expert_floor(chosen: Sequence[Tensor], width: int) -> tuple[float, float]:
     return distinct * width * HIDDEN * (1 / 2 + 1 / 32), 2 * chosen[0].numel() * width * HIDDEN / FP8_RATE
 
 
-def whole_experts(layer: fp4.Fp4Experts, tokens: int, width: int) -> None:
+def whole_experts(layer: Fp4Experts, tokens: int, width: int) -> None:
     chosen = routings(tokens, 40 if tokens < 4 else 10 if tokens < 99 else 4)
     size, products = expert_floor(chosen, width)
     shares, shared = torch.rand(tokens, TOPK, device=GPU), bf16(tokens, HIDDEN)
@@ -163,7 +164,7 @@ def whole_experts(layer: fp4.Fp4Experts, tokens: int, width: int) -> None:
     report("fp4 experts, whole", f"I {width}", tokens, calls, 3 * size, 3 * products)
 
 
-def expert_products(layer: fp4.Fp4Experts, tokens: int, width: int) -> None:
+def expert_products(layer: Fp4Experts, tokens: int, width: int) -> None:
     """Both products of many tokens without what stands around them."""
     chosen, shares = routings(tokens, 4), torch.rand(tokens, TOPK, device=GPU)
     size, products = expert_floor(chosen, width)

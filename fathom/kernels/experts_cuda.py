@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fathom.kernels.cuda import Kernel, kernel
+from fathom.kernels.experts_pairs_triton import Fp4Experts, combine
 from fathom.kernels.quant_triton import quantise
-
-if TYPE_CHECKING:
-    from fathom.kernels.experts_triton import Fp4Experts
 
 MOST_PAIRS = 512
 """Pairs of a token and an expert that a block can look through."""
@@ -66,8 +64,6 @@ def few(
     x: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, shared: Tensor | None = None
 ) -> Tensor:
     """The whole of it: x [T, D], chosen [T, k], shares float32 [T, k] -> [T, D], `shared` added."""
-    from fathom.kernels.experts_triton import combine
-
     chosen = chosen.int()
     hidden = gate_up(*quantise(x), chosen, shares, weights, limit)
     return combine(down(hidden, chosen, weights), chosen.shape[1], shared)

@@ -1,6 +1,6 @@
 """Routed FP4 experts on a GPU for many tokens: grouped products on FP8 tensor cores. Reference 2.10 and 4.
 
-The torch reference is `experts.experts`; names as in `experts_triton`, whose repacked weights are read. This is the
+The torch reference is `experts.experts`; names and repacked weights are those of `experts_pairs_triton`. This is the
 class of prefill, any number of tokens above a decode step's: a token's result has the same bits in any company, also
 where another number of tokens takes another width of tiles.
 
@@ -23,8 +23,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fathom.kernels.common_triton import PLAIN, e2m1, from_e8m0, operand, options
+from fathom.kernels.experts_pairs_triton import Fp4Experts, combine
 from fathom.kernels.experts_plan_triton import Plan, by_slot, planned
-from fathom.kernels.experts_triton import Fp4Experts, combine
 from fathom.kernels.quant_triton import quantise
 
 _SPREAD, _LOWEST = 11, 7
@@ -38,8 +38,8 @@ _tops: Any = WeakIdKeyDictionary()
 def many(
     x: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, shared: Tensor | None = None
 ) -> Any:
-    """x [T, D] BF16, chosen [T, k], shares float32 [T, k] -> as `experts_triton.combine`. Any T; D and I multiples of
-    128, else NotImplemented."""
+    """x [T, D] BF16, chosen [T, k], shares float32 [T, k] -> as `combine`. Any T; D and I multiples of 128, else
+    NotImplemented."""
     tops = None if (x.shape[1] | weights.w2.shape[2] * 8) % 128 else tops_of(weights)
     if tops is None:
         return NotImplemented

@@ -13,9 +13,10 @@ DEVICE = device()
 if DEVICE is None:
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from fathom.kernels import experts_triton as ops  # noqa: E402
+from fathom.kernels import experts_few_triton as ops  # noqa: E402
 from fathom.kernels import quant_triton  # noqa: E402
 from fathom.kernels.experts_many_triton import many  # noqa: E402
+from fathom.kernels.experts_pairs_triton import Fp4Experts, combine  # noqa: E402
 from fathom.kernels.experts_plan_triton import planned  # noqa: E402
 from fathom.kernels.quant_triton import PAIRS, form_of, quantise  # noqa: E402
 from fathom.kernels.words import from_words, to_words  # noqa: E402
@@ -41,9 +42,9 @@ def stored(*shape: int, seed: int) -> tuple[Tensor, Tensor]:
     return quantize_fp4(rand(*shape, seed=seed, scale=shape[-1] ** -0.5) * rough.repeat_interleave(32, -1).to(DEVICE))
 
 
-def layer(e: int, d: int, i: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], ops.Fp4Experts]:
+def layer(e: int, d: int, i: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Fp4Experts]:
     raw = (*stored(e, 2 * i, d, seed=1), *stored(e, d, i, seed=2))
-    return raw, ops.Fp4Experts.load(raw[0].clone(), raw[1], raw[2].clone(), raw[3])
+    return raw, Fp4Experts.load(raw[0].clone(), raw[1], raw[2].clone(), raw[3])
 
 
 def routing(t: int, e: int, k: int, seed: int = 3) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,7 @@ def test_each_product_alone() -> None:
         parts = ops.down(*quantise(hidden, PAIRS), chosen, weights, links)
     want = torch.einsum("pij,pj->pi", w2[chosen.flatten().long()], fp8_sim(hidden, 128).double())
     assert error(parts, want) < 3e-4
-    assert torch.equal(ops.combine(parts, K), parts.view(3, K, d).sum(1)) or K > 2
+    assert torch.equal(combine(parts, K), parts.view(3, K, d).sum(1)) or K > 2
 
 
 def test_a_token_of_few_has_the_same_bits_in_any_company() -> None:
@@ -178,7 +179,7 @@ def test_scales_as_far_apart_as_e4m3_holds(apart: int) -> None:
     w13, s13, w2, s2 = (*stored(e, 2 * i, d, seed=1), *stored(e, d, i, seed=2))
     s2.view(torch.uint8)[:, :, 0], s2.view(torch.uint8)[:, :, 1:] = 120, 120 - apart
     w13[:, :, 16:32], s13.view(torch.uint8)[:, :, 1] = 0, 1
-    weights = ops.Fp4Experts.load(w13.clone(), s13, w2.clone(), s2)
+    weights = Fp4Experts.load(w13.clone(), s13, w2.clone(), s2)
     x, (chosen, shares) = rand(9, d, seed=9).bfloat16(), routing(9, e, K)
     got = many(x, chosen, shares, weights, LIMIT)
     if apart == 12:
