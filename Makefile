@@ -24,10 +24,11 @@ BIN := .venv/bin
 		then $(PYTHON) -m venv --system-site-packages .venv; else $(PYTHON) -m venv .venv; fi
 	@touch $@
 
-# Whatever torch the environment can already import is left alone: its line drops out of the constraints.
+# Whatever torch and Triton the environment can already import are left alone: their lines drop out of the constraints.
 .venv/.constraints: constraints.txt .venv/.python
-	@if $(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)'; \
-		then grep -v '^torch==' constraints.txt > $@; else cp constraints.txt $@; fi
+	@$(BIN)/python -c 'from importlib.util import find_spec; \
+		there = tuple(name + "==" for name in ("torch", "triton") if find_spec(name)); \
+		print(*(line for line in open("constraints.txt") if not line.startswith(there)), sep="", end="")' > $@
 
 .venv/.ready: pyproject.toml .venv/.constraints
 	$(BIN)/python -m pip install --disable-pip-version-check -c .venv/.constraints -e . >&2

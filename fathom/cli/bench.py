@@ -38,7 +38,9 @@ def bench(
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences side by side; 1 if absent.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="CPU: tokens decoded in a run; 64 if absent.")] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Runs, of which the median counts; 5, GPU: 30.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; if absent, one and all cores are tried.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="If absent, one and all cores are tried.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="CPU: compute in fp32 or bf16; if absent, both are tried.")] = None,
     peer: Annotated[str | None, typer.Option(help="Measure the same weights in transformers, in turns.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; with --synthetic, cuda.")] = None,

@@ -26,7 +26,7 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Bound of an answer, thinking included.")] = 192,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of the CPU.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report as JSON and Markdown.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, not as a table.")] = False,
 ) -> None:

@@ -33,7 +33,7 @@ MaxTokens = Annotated[int | None, typer.Option(help="The most tokens of an answe
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; at most 2.")]
 TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability.")]
 Seed = Annotated[int | None, typer.Option(help="Repeatable sampling.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of the CPU.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 DialectName = Annotated[str | None, typer.Option("--dialect", help="Prompt dialect: april or 0813.")]
 MaxContext = Annotated[int | None, typer.Option(min=1, help="The most tokens of prompt and answer.")]

@@ -43,7 +43,7 @@ def serve(
     kv_disk_dir: Annotated[Path | None, typer.Option(help="A folder for prefixes that survive a restart.")] = None,
     kv_disk_gb: Annotated[float, typer.Option(help="The most that this folder holds, in GB.")] = 4.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of the CPU.")] = None,
     dialect: Annotated[str | None, typer.Option(help="Prompt dialect: april or 0813.")] = None,
     strict_deepseek_compat: Annotated[bool, typer.Option(help="Refuse what the hosted service refuses.")] = False,
     isolate_messages_users: Annotated[
@@ -75,8 +75,12 @@ def serve(
 
     _check_range("--max-body-mb", max_body_mb, 0.001, 1e6)
     _check_range("--grace", grace, 0, 86_400)
-    for flag, gigabytes in (("--kv-gb", kv_gb), ("--kv-host-gb", kv_host_gb), ("--kv-disk-gb", kv_disk_gb)):
-        _check_range(flag, gigabytes or 0, 0, 1e6)
+    for flag, gigabytes, least in (
+        ("--kv-gb", kv_gb, 0.001),
+        ("--kv-host-gb", kv_host_gb, 0),
+        ("--kv-disk-gb", kv_disk_gb, 0.001),
+    ):
+        _check_range(flag, least if gigabytes is None else gigabytes, least, 1e6)
     for origin in cors or ():
         _check_origin(origin)
     settings = ServerSettings(max_requests=max_requests, max_body=int(max_body_mb * 1e6), cors=tuple(cors or ()))

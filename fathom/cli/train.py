@@ -15,7 +15,7 @@ def train(
     minutes: Annotated[float | None, typer.Option(help="Train so long instead of what the recipe says.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of the CPU.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that prepare data.")] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="A folder with tokenizer.json; the embedded one's if absent.")

@@ -242,7 +242,9 @@ def _open_journal(path: Path) -> int:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(journal)
-        raise ConfigError(f"the journal {path} is in use: another server keeps its ledger there") from None
+        raise ConfigError(
+            f"the journal {path} is in use: another server keeps its ledger there; stop it, or name another --database"
+        ) from None
     return journal
 
 

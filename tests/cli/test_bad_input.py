@@ -43,6 +43,7 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str)
         (["--model", "no-such-folder"], ["no-such-folder"]),
         (["--model", "flash"], ["flash", "without weights"]),
         (["--threads", "0"], ["--threads"]),
+        (["--threads", "100000"], ["--threads", "1024"]),
         (["--device", "tpu"], ["tpu", "cpu, cuda"]),
         (["--device", "cuda:99"], ["cuda:99", "not there"]),
         (["--colour", "red"], ["--colour"]),
