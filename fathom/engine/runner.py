@@ -104,7 +104,8 @@ class DeviceRunner:
         ids += [0] * (len(batch.positions) - len(ids))
         x_RnD = self.model(torch.tensor(ids, device=self.cache.device), batch, self.cache)
         rows = [i for i, (p, end) in enumerate(zip(pieces, ends, strict=True)) if p.samples and p.end == end]
-        return dict(zip((pieces[i] for i in rows), self.model.logits(x_RnD[rows]), strict=True)) if rows else {}
+        parts = [self.model.logits(x_RnD[rows[i : i + MOST]]) for i in range(0, len(rows), MOST)]
+        return dict(zip((pieces[i] for i in rows), torch.cat(parts), strict=True)) if rows else {}
 
     def _again(self, piece: Piece) -> dict[Piece, Tensor]:
         """What a piece has of tokens that were sampled before."""

@@ -16,11 +16,12 @@ from fathom.config import WEIGHTS, ModelConfig
 from fathom.engine import memory as furnishing
 from fathom.engine.device_cache import DeviceCache
 from fathom.engine.engine import Core
-from fathom.engine.graphs import Steps
+from fathom.engine.graphs import MOST, Steps
 from fathom.engine.llm import LLM
 from fathom.engine.memory import Memory
+from fathom.engine.request import Sequence
 from fathom.engine.runner import DeviceRunner
-from fathom.engine.scheduler import Piece
+from fathom.engine.scheduler import Piece, Plan
 from fathom.engine.service import Service
 from fathom.errors import ConfigError, ContextError
 from fathom.model.batch import Batch, Span
@@ -102,6 +103,24 @@ def test_a_state_and_blocks_bring_a_sequence_back(model: torch.nn.Module) -> Non
     assert torch.equal(read(model, fresh, [(tokens, Span(256, 128, 2))]), want)
     steps = [Steps(model, c).run([int(tokens[384])], [384], [s]) for c, s in ((cache, 0), (fresh, 2))]
     assert torch.equal(*steps)
+
+
+def test_logits_are_made_for_as_many_prompts_as_a_step_has_tokens(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows would be another class of products: a row's bits would depend on its company."""
+    count, rows = MOST + 3, []
+    cache = DeviceCache(CONFIG, count, count, 128, "cpu")
+    pieces = []
+    for slot in range(count):
+        sequence = Sequence.open(GenerateRequest(prompt_ids=[slot + 3]), 128)
+        sequence.slot, sequence.pages = slot, [slot]
+        pieces.append(Piece(sequence, 0, 1, True))
+    runner, logits = DeviceRunner(model, cache, Steps(model, cache)), model.logits
+    monkeypatch.setattr(model, "logits", lambda x: rows.append(len(x)) or logits(x))
+    together = runner.run(Plan(tuple(pieces)))
+    assert rows == [MOST, 3] and together.shape == (count, CONFIG.vocab_size)
+    assert torch.equal(runner.run(Plan((pieces[-1],)))[0].argmax(), together[-1].argmax())
 
 
 def answers(model: torch.nn.Module, prompts: list[list[int]], at_once: bool, memory: Memory) -> list[list[int]]:
