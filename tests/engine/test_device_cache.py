@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from fathom.config import WEIGHTS, ModelConfig
 from fathom.engine import memory as furnishing
 from fathom.engine.device_cache import DeviceCache
 from fathom.engine.engine import Core
-from fathom.engine.graphs import MOST, Steps
+from fathom.engine.graphs import MOST, Graphs, Steps
 from fathom.engine.llm import LLM
 from fathom.engine.memory import Memory
 from fathom.engine.request import Sequence
@@ -197,3 +200,34 @@ def test_pages_that_are_missing_are_refused_before_anything_is_stored(model: tor
     with pytest.raises(ContextError, match="bind more pages"):
         Steps(model, cache).run([1], [128], [0])
     assert all(torch.equal(a, b) for a, b in zip(before, cache._pages(), strict=True))
+
+
+def test_pages_that_did_not_reach_the_table_are_not_bound() -> None:
+    cache = opened()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            cache.bind(0, [5, 1 << 40])
+
+
+@torch.inference_mode()
+def test_a_graph_is_captured_on_the_device_of_its_cache(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream that captures is one of the current device, which need not be the cache's."""
+    entered: list[object] = []
+
+    @contextmanager
+    def within(what: object) -> Iterator[None]:
+        entered.append(what)
+        yield
+        entered.remove(what)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Mock())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Mock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
+    monkeypatch.setattr(torch.cuda, "device", within)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    captured = []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: within(captured.append(list(entered))))
+    Graphs(model, cache := opened(), (1,)).capture(1)
+    assert captured == [[cache.device]]
