@@ -3,9 +3,9 @@
 The interpreter accepts what the compiler does not (types that change in a loop, names that change their shape). Here a
 model without memory (torch's meta device) goes through steps of tokens and pieces of prompts, at the sizes of V4-Flash,
 of one rank of two and of the embedded model, and samples. Every launch is compiled to machine code instead of run, once
-for Hopper with all that it has, once for the oldest device that has kernels: there Triton's stand for CUDA's. CUDA
-sources are compiled where NVRTC is found. Prints a line a kernel, and ends with 1 if one does not compile, or needs
-more shared memory than Hopper has.
+for Hopper with all that it has, once for Hopper without NVRTC, where Triton's kernels stand for CUDA's, once for the
+oldest device that has kernels. CUDA sources are compiled where NVRTC is found. Prints a line a kernel, and ends with 1
+if one does not compile, or needs more shared memory than Hopper has.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _POINTERS = {
     torch.bool: "*i1", torch.float64: "*fp64",
 }  # fmt: skip
 _LAUNCH = ("num_warps", "num_stages", "maxnreg")
-_DEVICES = ((9, 0), (8, 9))
+_DEVICES = (((9, 0), True), ((9, 0), False), ((8, 9), False))
+"""Compute capabilities, and whether there is NVRTC."""
 _SHARED = 227 << 10
 """Bytes of shared memory that a program of Hopper can have."""
 _STEPS = (1, 2, 16, 32)
@@ -136,10 +137,10 @@ def _tops(weights: Any) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _device(capability: tuple[int, int]) -> Iterator[None]:
+def _device(capability: tuple[int, int], compiles: bool = True) -> Iterator[None]:
     """Tensors of the meta device pass for those of a GPU; a launch compiles."""
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    users = [f"fathom.kernels.{name}_cuda.kernel" for name in ("linear", "index", "experts", "streams")]
+    launchers = [f"fathom.kernels.{name}_cuda" for name in ("linear", "index", "experts", "streams")]
     prefill_triton._hopper.cache_clear()
     with ExitStack() as stack:
         for name, stand_in in (
@@ -147,7 +148,8 @@ def _device(capability: tuple[int, int]) -> Iterator[None]:
             ("torch.cuda.device", lambda device: nullcontext()),
             ("torch.Tensor.is_cuda", True),
             ("torch.version.cuda", torch.version.cuda or "12.9"),
-            *((user, _source) for user in users),
+            *((f"{name}.kernel", _source) for name in launchers),
+            *((f"{name}.compiles", lambda device: compiles) for name in launchers),
         ):
             stack.enter_context(mock.patch(name, stand_in))
         stack.enter_context(mock.patch.object(dispatch, "on", lambda device: True))
@@ -213,11 +215,11 @@ def _configs() -> Iterator[tuple[ModelConfig, int]]:
 
 
 def main() -> int:
-    for capability in _DEVICES:
+    for device in _DEVICES:
         for config, tp in _configs():
             for packed in (False, True):
                 model = _model(config, tp)
-                with torch.inference_mode(), _device(capability):
+                with torch.inference_mode(), _device(*device):
                     _computed(model, packed)
                     _sampled(config.vocab_size)
     failed = [key for key, outcome in _seen.items() if outcome != "compiled"]

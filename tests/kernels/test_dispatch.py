@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fathom.kernels import dispatch
+from fathom.kernels import cuda, dispatch, linear_cuda
 from fathom.kernels.cuda import KernelError
+from fathom.kernels.linear import Part
 
 _current = [torch.device("cuda:0")]
 
@@ -62,3 +63,19 @@ def test_a_kernel_is_launched_on_the_device_of_its_tensors(rooms: dict[str, Simp
         x = torch.empty(1, device="cuda:1")
         assert dispatch.beside("room")(where)(x) == torch.device("cuda:1")
     assert _current == [torch.device("cuda:0")]
+
+
+@torch.inference_mode()
+def test_without_nvrtc_there_are_triton_s_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error would have taken the whole op away, and with it the products of prompts."""
+
+    def missing() -> None:
+        raise KernelError("NVRTC was not found")
+
+    monkeypatch.setattr(cuda, "_nvrtc", missing)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda.compiles.cache_clear()
+    with FakeTensorMode():
+        x, weight = (torch.empty(n, 256, dtype=torch.bfloat16, device="cuda:0") for n in (2, 16))
+        assert linear_cuda.linears(x, (Part(weight),)) is NotImplemented
+    cuda.compiles.cache_clear()
