@@ -105,9 +105,9 @@ class DeviceCache:
             raise ContextError(f"{text}: give it more context, or shorten the request")
         if self._bound[slot] == pages:
             return
-        self._bound[slot] = list(pages)
         host = torch.tensor(pages, dtype=torch.int32)
         self.table[slot, : len(pages)].copy_(host.pin_memory() if self.table.is_cuda else host, non_blocking=True)
+        self._bound[slot] = list(pages)
 
     def admit(self, tiles: Iterable[Tile]) -> None:
         """Refuse a call that would go past a slot's pages, before any layer has stored a row of it."""

@@ -97,7 +97,7 @@ class Graphs(Steps):
                 self._step(tokens, where)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph):  # which captures on a stream of the current device
             logits = self._step(tokens, where)
         self._captured[size] = _Captured(graph, tokens, where, logits)
 

@@ -90,9 +90,9 @@ def _entries(position, slot, NUMBER, RATIO: tl.constexpr, CHOSEN: tl.constexpr, 
 @triton.jit
 def _rows(
     row, seen, codes, rope, scales, C: tl.constexpr, CB: tl.constexpr, ROPE: tl.constexpr, B: tl.constexpr,
-    PLAIN: tl.constexpr,
+    PLAIN: tl.constexpr, HOPPER: tl.constexpr,
 ):  # fmt: skip
-    """Stored rows as they are multiplied: [B, CB]."""
+    """Stored rows as they are multiplied: [B, CB]. Before Hopper there is no way from e4m3 to BF16 but float32."""
     FRONT: tl.constexpr = C - ROPE
     PADDED: tl.constexpr = (FRONT + 511) // 512 * 8
     rc = tl.arange(0, CB)
@@ -109,7 +109,8 @@ def _rows(
         values = tl.reshape(code.to(tl.float32), (B, CB // 64, 64)) * from_e8m0(scale)[:, :, None]
     else:
         power = (scale.to(tl.int16) << 7).to(tl.bfloat16, bitcast=True)
-        values = tl.reshape(code.to(tl.bfloat16), (B, CB // 64, 64)) * power[:, :, None]
+        exact = code if HOPPER else code.to(tl.float32)
+        values = tl.reshape(exact.to(tl.bfloat16), (B, CB // 64, 64)) * power[:, :, None]
     return tl.where((rc < FRONT)[None, :], tl.reshape(values, (B, CB)), end)
 
 
@@ -161,7 +162,7 @@ def _attend(
             at = first + r
             seen = (at >= 0) & (at < last)
             row = slot.to(tl.int64) * RING + tl.where(seen, at, 0) % RING
-            k = _rows(row, seen, wcodes, wrope, wscales, C, CB, ROPE, B, PLAIN)
+            k = _rows(row, seen, wcodes, wrope, wscales, C, CB, ROPE, B, PLAIN, PDL)
             top, total, acc = _look(x, k, seen, top, total, acc, SCALE, PLAIN)
         else:
             for begin in range(first, last, B):
@@ -172,7 +173,7 @@ def _attend(
                 else:
                     page = tl.load(table + slot * PAGES + at // PER, mask=seen, other=0).to(tl.int64)
                     row = page * PER + at % PER
-                k = _rows(row, seen, ecodes, erope, escales, C, CB, ROPE, B, PLAIN)
+                k = _rows(row, seen, ecodes, erope, escales, C, CB, ROPE, B, PLAIN, PDL)
                 top, total, acc = _look(x, k, seen, top, total, acc, SCALE, PLAIN)
         place = (t * PARTS + split) * H + heads
         tl.store(sums + 2 * place, top, mask=heads < H)

@@ -7,6 +7,7 @@ is a programmatic dependent one, as those of Triton are (rules: `common_triton`)
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+_log = logging.getLogger("fathom.kernels")
 DEPENDENT = True
 """Whether launches may begin before the kernel before them has ended."""
 _PROGRAMMATIC_STREAM_SERIALIZATION, _MOST_SHARED = 6, 8
@@ -56,6 +58,18 @@ class Kernel:
         config = _Config((*grid, 1), (threads, 1, 1), self._shared, stream, ctypes.pointer(attribute), int(DEPENDENT))
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         _checked(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "launch")
+
+
+@lru_cache(maxsize=8)
+def compiles(device: torch.device) -> bool:
+    """Whether there are such kernels on a device: Hopper or newer, and NVRTC is found. Elsewhere Triton's stand in."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    try:
+        return bool(_nvrtc())
+    except KernelError as error:
+        _log.warning("kernels on %s: Triton's in the place of CUDA's (%s)", device, error)
+        return False
 
 
 @lru_cache(maxsize=256)

@@ -42,7 +42,8 @@ def beside(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def op(*args: P.args, **kwargs: P.kwargs) -> R:
             first = _leading(args[0])
             if isinstance(first, torch.Tensor) and first.is_cuda and not torch.is_grad_enabled() and on(first.device):
-                out: Any = _tried(module, name, lambda twin: twin(*args, **kwargs))
+                with torch.cuda.device(first.device):  # where Triton launches: each thread has its own, at first cuda:0
+                    out: Any = _tried(module, name, lambda twin: twin(*args, **kwargs))
                 if out is not NotImplemented:
                     return out
             return reference(*args, **kwargs)
@@ -89,16 +90,16 @@ def _against(device: torch.device) -> str:
 
 def _tried(module: str, name: str, call: Callable[[Callable[..., R]], R]) -> R:
     """The twin's result; NotImplemented where it has none, also because it does not compile."""
-    if name in _broken:
+    if (op := f"{module}.{name}") in _broken:
         return NotImplemented
     try:
         return call(getattr(import_module(f"fathom.kernels.{module}"), name))
     except Exception as error:
         if not _is_compilation(error):
             raise
-        _broken.add(name)
+        _broken.add(op)
         text = str(error).strip().splitlines()
-        _log.warning("%s: its kernel does not compile here, torch computes it (%s)", name, text[0] if text else error)
+        _log.warning("%s: its kernel does not compile here, torch computes it (%s)", op, text[0] if text else error)
         return NotImplemented
 
 

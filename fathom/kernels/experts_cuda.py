@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fathom.kernels.cuda import Kernel, kernel
+from fathom.kernels.cuda import Kernel, compiles, kernel
 from fathom.kernels.experts_pairs_triton import Fp4Experts, combine
 from fathom.kernels.quant_triton import quantise
 
@@ -29,7 +29,7 @@ def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:
     """Whether this device and these shapes have the kernel."""
     hidden, width = x.shape[1], weights.w2.shape[2] * 8
     fits = hidden % 128 == 0 and width % 128 == 0 and chosen.numel() <= MOST_PAIRS
-    return fits and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    return fits and compiles(x.device) and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def gate_up(

@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fathom.kernels.cuda import kernel
+from fathom.kernels.cuda import compiles, kernel
 from fathom.kernels.decode import Tokens
 
 CHUNK = 8192
@@ -22,7 +22,7 @@ _MOST, _THREADS = 32768, 1024
 def has(scores: Tensor, k: int) -> bool:
     """Whether this device and these shapes have the kernel."""
     fits = 0 < k <= CHUNK and -(-scores.shape[1] // CHUNK) * k <= _MOST
-    return fits and scores.is_cuda and torch.cuda.get_device_capability(scores.device) >= (9, 0)
+    return fits and compiles(scores.device)
 
 
 def choose(scores: Tensor, tokens: Tokens, table: Tensor, per: int, k: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fathom.kernels.cuda import kernel
+from fathom.kernels.cuda import compiles, kernel
 from fathom.kernels.linear import Part
 from fathom.kernels.norm import rms_norm
 
@@ -57,8 +57,7 @@ def linears(x: Tensor, parts: Sequence[Part], norm: Tensor | None = None, eps: f
 
 
 def _is_for(x: Tensor) -> bool:
-    few = x.dtype == torch.bfloat16 and 0 < x.shape[0] <= MOST
-    return few and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return x.dtype == torch.bfloat16 and 0 < x.shape[0] <= MOST and compiles(x.device)
 
 
 def _kind(part: Part) -> int | None:

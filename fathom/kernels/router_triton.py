@@ -62,7 +62,7 @@ def _route(
         left = tl.where(r < E, scores + tl.load(given + r, mask=r < E, other=0.0), float("-inf"))
         for i in tl.static_range(TOPK):
             best = tl.max(left, 0)
-            where = tl.min(tl.where(left == best, r, EB), 0)
+            where = tl.minimum(tl.min(tl.where(left == best, r, EB), 0), E - 1)  # nothing equals NaN
             ids = tl.where(rk == i, where, ids)
             left = tl.where(r == where, float("-inf"), left)
     own = tl.sum(tl.where(r[None, :] == ids[:, None], scores[None, :], 0.0), 1)

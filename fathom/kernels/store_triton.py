@@ -186,7 +186,7 @@ def _compressed(
             store_row(x, codes, rope, scales, page * PER + block % PER, B, D, ROPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["END"], do_not_specialize_on_alignment=["slots", "positions"])
 def _prepare(
     q, out, iq, iout, mixer, kv, weight, rows, codes, rope, scales, turns, block_turns, slots, positions, table,
     eproj, ESTRIDE, etail, eape, enorm, ecodes, erope, escales, kproj, KSTRIDE, ktail, kape, knorm, kcodes, krope,

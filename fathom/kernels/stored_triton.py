@@ -127,7 +127,7 @@ def _key_scale(v):
     return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SLOT", "FIRST"])
 def _recent(
     codes, rope, scales, out, SLOT, FIRST, C: tl.constexpr, B: tl.constexpr, ROPE: tl.constexpr, RING: tl.constexpr,
     PDL: tl.constexpr,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fathom.kernels import quant_triton, streams_triton
-from fathom.kernels.cuda import kernel
+from fathom.kernels.cuda import compiles, kernel
 
 _SLICE, _COLUMNS, _STREAMS, _WIDEST, _MOST = 64, 32, 4, 8192, 64
 _projected: Any = WeakIdKeyDictionary()
@@ -52,8 +52,7 @@ def folded(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, weight: Tensor, e
 def _has(x: Tensor, other: Tensor) -> bool:
     tokens, n, hidden = x.shape
     fits = n == _STREAMS and 0 < tokens <= _MOST and hidden % 128 == 0 and hidden <= _WIDEST
-    types = x.dtype == other.dtype == torch.bfloat16 and x.is_cuda
-    return fits and types and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return fits and x.dtype == other.dtype == torch.bfloat16 and compiles(x.device)
 
 
 def _turn(x: Tensor, fn: Tensor, into: tuple[Tensor, Tensor, Tensor] | None, out: Tensor) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,11 +19,12 @@ from fathom.config import WEIGHTS, ModelConfig
 from fathom.engine import memory as furnishing
 from fathom.engine.device_cache import DeviceCache
 from fathom.engine.engine import Core
-from fathom.engine.graphs import Steps
+from fathom.engine.graphs import MOST, Graphs, Steps
 from fathom.engine.llm import LLM
 from fathom.engine.memory import Memory
+from fathom.engine.request import Sequence
 from fathom.engine.runner import DeviceRunner
-from fathom.engine.scheduler import Piece
+from fathom.engine.scheduler import Piece, Plan
 from fathom.engine.service import Service
 from fathom.errors import ConfigError, ContextError
 from fathom.model.batch import Batch, Span
@@ -104,6 +108,24 @@ def test_a_state_and_blocks_bring_a_sequence_back(model: torch.nn.Module) -> Non
     assert torch.equal(*steps)
 
 
+def test_logits_are_made_for_as_many_prompts_as_a_step_has_tokens(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows would be another class of products: a row's bits would depend on its company."""
+    count, rows = MOST + 3, []
+    cache = DeviceCache(CONFIG, count, count, 128, "cpu")
+    pieces = []
+    for slot in range(count):
+        sequence = Sequence.open(GenerateRequest(prompt_ids=[slot + 3]), 128)
+        sequence.slot, sequence.pages = slot, [slot]
+        pieces.append(Piece(sequence, 0, 1, True))
+    runner, logits = DeviceRunner(model, cache, Steps(model, cache)), model.logits
+    monkeypatch.setattr(model, "logits", lambda x: rows.append(len(x)) or logits(x))
+    together = runner.run(Plan(tuple(pieces)))
+    assert rows == [MOST, 3] and together.shape == (count, CONFIG.vocab_size)
+    assert torch.equal(runner.run(Plan((pieces[-1],)))[0].argmax(), together[-1].argmax())
+
+
 def answers(model: torch.nn.Module, prompts: list[list[int]], at_once: bool, memory: Memory) -> list[list[int]]:
     service = Service(Core(model, 1024, memory))
     params = SamplingParams(max_tokens=9, temperature=0.0)
@@ -178,3 +200,34 @@ def test_pages_that_are_missing_are_refused_before_anything_is_stored(model: tor
     with pytest.raises(ContextError, match="bind more pages"):
         Steps(model, cache).run([1], [128], [0])
     assert all(torch.equal(a, b) for a, b in zip(before, cache._pages(), strict=True))
+
+
+def test_pages_that_did_not_reach_the_table_are_not_bound() -> None:
+    cache = opened()
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            cache.bind(0, [5, 1 << 40])
+
+
+@torch.inference_mode()
+def test_a_graph_is_captured_on_the_device_of_its_cache(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream that captures is one of the current device, which need not be the cache's."""
+    entered: list[object] = []
+
+    @contextmanager
+    def within(what: object) -> Iterator[None]:
+        entered.append(what)
+        yield
+        entered.remove(what)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Mock())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Mock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
+    monkeypatch.setattr(torch.cuda, "device", within)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    captured = []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: within(captured.append(list(entered))))
+    Graphs(model, cache := opened(), (1,)).capture(1)
+    assert captured == [[cache.device]]

@@ -1,73 +1,104 @@
 """Compiles kernels for Hopper where there is none: `python -m tests.kernels.compile_for_hopper`.
 
-The interpreter accepts what the compiler does not (types that change in a loop, names that change their shape). Here
-every launch of the ops below, at V4-Flash's sizes and the embedded model's, is compiled to machine code instead of run;
-CUDA sources likewise where NVRTC is installed. Prints a line a kernel, and ends with 1 if one does not compile.
+The interpreter accepts what the compiler does not (types that change in a loop, names that change their shape). Here a
+model without memory (torch's meta device) goes through steps of tokens and pieces of prompts, at the sizes of V4-Flash,
+of one rank of two and of the embedded model, and samples. Every launch is compiled to machine code instead of run, once
+for Hopper with all that it has, once for Hopper without NVRTC, where Triton's kernels stand for CUDA's, once for the
+oldest device that has kernels. CUDA sources are compiled where NVRTC is found. Prints a line a kernel, and ends with 1
+if one does not compile, or needs more shared memory than Hopper has.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
+from fathom.checkpoint.names import kind_of
 from fathom.config import WEIGHTS, ModelConfig, preset
 from fathom.engine.device_cache import DeviceCache
-from fathom.kernels import common_triton
-from fathom.kernels.decode import Tokens
-from fathom.kernels.store import Norms, Pooling, Projected
+from fathom.kernels import common_triton, cuda, dispatch, experts_many_triton, prefill_triton, sample_triton
+from fathom.model.batch import Batch, Span
+from fathom.model.layers import Linear, Numerics
+from fathom.model.moe import Experts
+from fathom.model.transformer import Transformer
+from fathom.parallel.plan import rank_model
 
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
     torch.uint8: "*u8", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e8m0fnu: "*u8",
-    torch.bool: "*i1",
+    torch.bool: "*i1", torch.float64: "*fp64",
 }  # fmt: skip
 _LAUNCH = ("num_warps", "num_stages", "maxnreg")
-_HOPPER = GPUTarget("cuda", 90, 32)
+_DEVICES = (((9, 0), True), ((9, 0), False), ((8, 9), False))
+"""Compute capabilities, and whether there is NVRTC."""
+_SHARED = 227 << 10
+"""Bytes of shared memory that a program of Hopper can have."""
+_STEPS = (1, 2, 16, 32)
+_PROMPTS = ((1,), (300,), (1024,), (2048,), (3000, 1000, 96))
+"""Tokens of the pieces of one call: from 128 rows to 4096, each width of the experts' tiles."""
+_LONG = 1 << 20
 _seen: dict[str, str] = {}
 
 
-def _compiling(kernel: Any, grid: Any) -> Callable[..., None]:
-    """What stands in for a launch."""
+def _compiling(target: GPUTarget) -> Callable[[Any, Any], Callable[..., None]]:
+    """What stands in for `kernel[grid]`."""
 
-    def launch(*args: Any, **named: Any) -> None:
-        options = {name: named.pop(name) for name in _LAUNCH if name in named}
-        named.pop("launch_pdl", None)
-        given = dict(zip(kernel.arg_names, args, strict=False)) | named
-        types, constants, aligned = {}, {}, {}
-        for parameter in kernel.params:
-            value = given[parameter.name]
-            kind = None if parameter.is_constexpr else _type(value, parameter.do_not_specialize)
-            types[parameter.name] = kind or "constexpr"
-            if kind is None:
-                constants[(parameter.num,)] = value
-            elif kind.startswith("*"):
-                aligned[(parameter.num,)] = [["tt.divisibility", 16]]
-        key = f"{kernel.__module__}.{kernel.__name__} {types} {constants} {options}"
-        if key not in _seen:
-            source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
-            _seen[key] = _outcome(lambda: triton.compile(source(kernel, types, constants, aligned), _HOPPER, options))
-            print(f"{_seen[key][:400]:10} {kernel.__module__}.{kernel.__name__} {options}", flush=True)
+    def indexed(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *args, **named: _launched(target, kernel, args, named)
 
-    return launch
+    return indexed
+
+
+def _launched(target: GPUTarget, kernel: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    options = {name: named.pop(name) for name in _LAUNCH if name in named}
+    named.pop("launch_pdl", None)
+    given = dict(zip(kernel.arg_names, args, strict=False)) | named
+    types, constants, aligned = {}, {}, {}
+    for parameter in kernel.params:
+        value = given[parameter.name]
+        kind = None if parameter.is_constexpr else _type(value, parameter.do_not_specialize)
+        types[parameter.name] = kind or "constexpr"
+        if kind is None:
+            constants[(parameter.num,)] = value
+        elif kind.startswith("*"):
+            aligned[(parameter.num,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    name = f"sm_{target.arch} {kernel.__module__}.{kernel.__name__} {options}"
+    key = f"{name} {types} {constants}"
+
+    def compile_it() -> None:
+        made = triton.compile(source(kernel, types, constants, aligned), target, options)
+        assert target.arch != 90 or made.metadata.shared <= _SHARED, f"{made.metadata.shared} bytes of shared memory"
+
+    _once(key, name, compile_it)
 
 
 def _type(value: Any, general: bool) -> str | None:
     """The type of an argument; None for what is compiled in: a 1, nothing."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return _POINTERS[value.dtype]
     if value is None or (value == 1 and not isinstance(value, float) and not general):
         return None
     return "i1" if isinstance(value, bool) else "fp32" if isinstance(value, float) else "i32"
+
+
+def _once(key: str, name: str, compile_it: Callable[[], Any]) -> None:
+    if key not in _seen:
+        _seen[key] = _outcome(compile_it)
+        print(f"{_seen[key][:400]:10} {name}", flush=True)
 
 
 def _outcome(compile_it: Callable[[], Any]) -> str:
@@ -76,71 +107,121 @@ def _outcome(compile_it: Callable[[], Any]) -> str:
     except Exception as error:
         while error.__cause__:
             error = error.__cause__  # type: ignore[assignment]
-        return f"FAILED {str(error)[-360:]}"
+        return f"FAILED {type(error).__name__} {str(error)[-360:]}"
     return "compiled"
 
 
-def _configs() -> Iterator[ModelConfig]:
-    flash = preset("flash")
-    yield replace(flash, num_attention_heads=32, o_groups=4, moe_intermediate_size=1024)
-    yield flash
-    yield ModelConfig.load(WEIGHTS / "small")
+def _source(file: str, name: str, device: torch.device, shared: int = 0, **constants: int) -> Callable[..., None]:
+    """What stands in for `cuda.kernel`."""
+    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{k}={v}" for k, v in constants.items())]
+    text = Path(cuda.__file__).with_name(file).read_text()
+    if _has_nvrtc():
+        _once(f"{file} {options}", f"{file} {name} {constants}", lambda: cuda.compiled(text, options))
+    return lambda *arguments: None
 
 
-def _layers(c: ModelConfig) -> None:
-    """Stores, choice and attention of steps and of prompts."""
-    from fathom.kernels import (
-        attend_triton,
-        index_triton,
-        prefill_index_triton,
-        prefill_read_triton,
-        prefill_triton,
-        store_triton,
-        stored_triton,
-    )
+def _has_nvrtc() -> bool:
+    try:
+        return bool(cuda._nvrtc())
+    except cuda.KernelError:
+        return False
 
-    rand = torch.randn
-    for ratio, packed in ((0, False), (4, False), (4, True), (128, False)):
-        some = replace(c, compress_ratios=(ratio,) * len(c.compress_ratios), num_hidden_layers=len(c.compress_ratios),
-                       num_nextn_predict_layers=0)  # fmt: skip
-        cache = DeviceCache(replace(some, compress_ratios=some.compress_ratios[:1], num_hidden_layers=1,
-                                    num_hash_layers=1), 2, 8, 1024, "cpu", packed)  # fmt: skip
-        memory, width, dim = cache.layers[0], c.head_dim, c.index_head_dim
-        wide, bf16 = (2 if ratio == 4 else 1) * width, torch.bfloat16
-        made = Projected(
-            rand(8, c.num_attention_heads, width).to(bf16), rand(8, width).to(bf16),
-            rand(8, 2 * wide) if ratio else None,
-            rand(8, c.index_n_heads, dim).to(bf16) if ratio == 4 else None, rand(8, 4 * dim) if ratio == 4 else None,
-        )  # fmt: skip
-        pooling = [Pooling(rand(ratio, wide), rand(width).to(bf16))] if ratio else []
-        pooling += [Pooling(rand(4, 2 * dim), rand(dim).to(bf16))] if ratio == 4 else []
-        norms = Norms(rand(width).to(bf16), 1e-6, *pooling)
-        where = torch.arange(8, dtype=torch.int32)
-        tokens = Tokens(where % 2, where + 300, rand(4, 8, c.qk_rope_head_dim // 2, 2))
-        q, index_q = store_triton.prepare(made, tokens, memory, norms)
-        store_triton.enter(made, tokens, memory, norms)
-        store_triton.remember(made, tokens, memory, norms, 0, 8, 308)
-        near, chosen, picked, entries = stored_triton.recent(memory.window, 1, 200, 100), None, None, None
-        if index_q is not None:
-            weights = rand(8, c.index_n_heads).to(bf16)
-            chosen = index_triton.select(index_q, weights, tokens, memory, c.index_topk, 1024)
-            keys = prefill_read_triton.read_keys(memory.table, memory.keys, 0, 200)
-            picked = prefill_index_triton.select(index_q, weights.float(), *keys, 800, c.index_topk)
-        if ratio:
-            entries = prefill_read_triton.read_rows(memory.table, memory.entries, 0, 0, 1024 // ratio)
-        attend_triton.attend(q, rand(c.num_attention_heads), tokens, memory, 1024, chosen)
-        prefill_triton.attend(
-            q, near, entries, picked, rand(c.num_attention_heads), tokens.turns[0].contiguous(), 300, ratio, 128
-        )
+
+def _tops(weights: Any) -> tuple[Tensor, Tensor]:
+    """What stands in for `tops_of`, which looks at the weights."""
+    for words, scales, halves in ((weights.w13, weights.s13, 2), (weights.w2, weights.s2, 1)):
+        with mock.patch("torch.Tensor.__bool__", lambda tensor: True):
+            experts_many_triton._extremes(words, scales, halves)
+    one = torch.empty(1, dtype=torch.uint8, device="meta")
+    return one, one
+
+
+@contextmanager
+def _device(capability: tuple[int, int], compiles: bool = True) -> Iterator[None]:
+    """Tensors of the meta device pass for those of a GPU; a launch compiles."""
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    launchers = [f"fathom.kernels.{name}_cuda" for name in ("linear", "index", "experts", "streams")]
+    prefill_triton._hopper.cache_clear()
+    with ExitStack() as stack:
+        for name, stand_in in (
+            ("torch.cuda.get_device_capability", lambda device=None: capability),
+            ("torch.cuda.device", lambda device: nullcontext()),
+            ("torch.Tensor.is_cuda", True),
+            ("torch.version.cuda", torch.version.cuda or "12.9"),
+            *((f"{name}.kernel", _source) for name in launchers),
+            *((f"{name}.compiles", lambda device: compiles) for name in launchers),
+        ):
+            stack.enter_context(mock.patch(name, stand_in))
+        stack.enter_context(mock.patch.object(dispatch, "on", lambda device: True))
+        stack.enter_context(mock.patch.object(common_triton, "_dependent_launch", lambda device: capability[0] >= 9))
+        stack.enter_context(mock.patch.object(experts_many_triton, "tops_of", _tops))
+        stack.enter_context(mock.patch.object(JITFunction, "__getitem__", _compiling(target)))
+        yield
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _model(config: ModelConfig, tp: int) -> Transformer:
+    """A model in the stored forms, FP4 in words."""
+    eight, scale = torch.float8_e4m3fn, torch.float8_e8m0fnu
+    with torch.device("meta"):
+        model = rank_model(config, Numerics(torch.bfloat16, quantize=True), tp)
+    for path, module in model.named_modules():
+        own: dict[str, nn.Parameter] = dict(module.named_parameters(recurse=False))
+        if isinstance(module, Experts):
+            forms = []
+            for *front, k in (module.w13.shape, module.w2.shape):
+                forms += [_empty((*front, k // 8), torch.int32), _empty((*front, k // 32), scale)]
+            module.store(*forms)
+        elif isinstance(module, Linear) and kind_of(f"{path}.weight") == "linear":
+            n, k = module.weight.shape
+            module.store(_empty((n, k), eight), _empty((-(-n // 128), -(-k // 128)), scale))
+        else:
+            for name, parameter in own.items():
+                dtype = torch.bfloat16 if kind_of(f"{path}.{name}".lstrip(".")) == "bf16" else torch.float32
+                setattr(module, name, nn.Parameter(_empty(tuple(parameter.shape), dtype), requires_grad=False))
+    return model.eval()
+
+
+def _computed(model: Transformer, packed: bool) -> None:
+    """Steps and prompts over a cache of a long context, near its beginning and at its end."""
+    cache = DeviceCache(model.config, 32, 32, _LONG, "meta", packed)
+    cache.table = _empty((32, _LONG // 128), torch.int32)
+    cache.layers = [replace(memory, table=cache.table) for memory in cache.layers]
+    cache._bound = [list(range(_LONG // 128))] * 32
+    for count in _STEPS:
+        where = _empty((2, count), torch.int32)
+        model.logits(model(_empty((count,), torch.int64), Batch.tokens(where[0], where[1]), cache))
+    for counts in _PROMPTS:
+        for end in (False, True):
+            spans = [Span(_LONG - 4096 if end else 0, count, slot) for slot, count in enumerate(counts)]
+            batch = Batch.pieces(spans, "meta")
+            model.logits(model(_empty((len(batch.positions),), torch.int64), batch, cache))
+
+
+def _sampled(vocabulary: int) -> None:
+    logits, wishes = _empty((3, vocabulary), torch.float32), _empty((4, 3), torch.float64)
+    for cut, counted in ((False, False), (True, False), (True, True)):
+        sample_triton.draw(logits, wishes, cut, counted)
+
+
+def _configs() -> Iterator[tuple[ModelConfig, int]]:
+    """A layer of each kind; experts by token id and by score."""
+    for config, tp in ((preset("flash"), 2), (preset("flash"), 1), (ModelConfig.load(WEIGHTS / "small"), 1)):
+        kinds = {"num_hidden_layers": 3, "num_hash_layers": 1, "num_nextn_predict_layers": 0}
+        yield replace(config, compress_ratios=(0, 4, 128), **kinds), tp
 
 
 def main() -> int:
-    torch.manual_seed(0)
-    capability = mock.patch("torch.cuda.get_device_capability", lambda device=None: (9, 0))
-    dependent = mock.patch.object(common_triton, "_dependent_launch", lambda device: True)
-    with torch.inference_mode(), capability, dependent, mock.patch.object(JITFunction, "__getitem__", _compiling):
-        for config in _configs():
-            _layers(config)
+    for device in _DEVICES:
+        for config, tp in _configs():
+            for packed in (False, True):
+                model = _model(config, tp)
+                with torch.inference_mode(), _device(*device):
+                    _computed(model, packed)
+                    _sampled(config.vocab_size)
     failed = [key for key, outcome in _seen.items() if outcome != "compiled"]
     print(f"{len(_seen)} kernels, {len(failed)} do not compile")
     return int(bool(failed))

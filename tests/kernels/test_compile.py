@@ -15,4 +15,4 @@ def test_every_kernel_compiles_for_hopper() -> None:
     command = [sys.executable, "-m", "tests.kernels.compile_for_hopper"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
-    assert int(run.stdout.splitlines()[-1].split()[0]) >= 60
+    assert int(run.stdout.splitlines()[-1].split()[0]) >= 300

@@ -82,6 +82,14 @@ def test_a_token_has_the_same_bits_in_company(
         assert all(torch.equal(a, b[first:last]) for a, b in zip(part, whole, strict=True))
 
 
+def test_a_row_that_is_not_a_number_still_names_experts() -> None:
+    """Whose weights are read then: an id behind the last would end everyone's request, not only its own."""
+    logits = torch.zeros(2, 16, device=DEVICE)
+    logits[1] = float("nan")
+    chosen, _ = router_triton.route(logits, torch.zeros(16, device=DEVICE), None, torch.zeros(2, device=DEVICE), 4, 1.0)
+    assert chosen.min() >= 0 and chosen.max() < 16
+
+
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (32, 6), (256, 6)])
 def test_routes(experts: int, k: int) -> None:
     logits, bias = rand(40, experts, seed=1) * 4, rand(experts, seed=2)

@@ -1,0 +1,81 @@
+"""Which implementation is asked, and where, on devices that are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fathom.kernels import cuda, dispatch, linear_cuda
+from fathom.kernels.cuda import KernelError
+from fathom.kernels.linear import Part
+
+_current = [torch.device("cuda:0")]
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    _current.append(device)
+    yield
+    _current.pop()
+
+
+@pytest.fixture
+def rooms(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
+    """Modules of twins, by name, for a device that has kernels."""
+    modules: dict[str, SimpleNamespace] = {}
+    monkeypatch.setattr(dispatch, "on", lambda device: True)
+    monkeypatch.setattr(dispatch, "import_module", lambda name: modules[name.rpartition(".")[2]])
+    monkeypatch.setattr(dispatch, "_broken", set())
+    monkeypatch.setattr(torch.cuda, "device", _on)
+    return modules
+
+
+@torch.inference_mode()
+def test_a_kernel_that_does_not_compile_leaves_its_namesake_alone(rooms: dict[str, SimpleNamespace]) -> None:
+    def select(x: Tensor) -> str:
+        return "reference"
+
+    def refuse(x: Tensor) -> str:
+        raise KernelError("no")
+
+    rooms |= {"steps": SimpleNamespace(select=refuse), "prompts": SimpleNamespace(select=lambda x: "kernel")}
+    step, prompt = dispatch.beside("steps")(select), dispatch.beside("prompts")(select)
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda:0")
+        assert [step(x), prompt(x), step(x)] == ["reference", "kernel", "reference"]
+
+
+@torch.inference_mode()
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(rooms: dict[str, SimpleNamespace]) -> None:
+    """Triton launches on the thread's device, and the engine's thread begins on the first."""
+    rooms["room"] = SimpleNamespace(where=lambda x: _current[-1])
+
+    def where(x: Tensor) -> torch.device | None:
+        return None
+
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda:1")
+        assert dispatch.beside("room")(where)(x) == torch.device("cuda:1")
+    assert _current == [torch.device("cuda:0")]
+
+
+@torch.inference_mode()
+def test_without_nvrtc_there_are_triton_s_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error would have taken the whole op away, and with it the products of prompts."""
+
+    def missing() -> None:
+        raise KernelError("NVRTC was not found")
+
+    monkeypatch.setattr(cuda, "_nvrtc", missing)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda.compiles.cache_clear()
+    with FakeTensorMode():
+        x, weight = (torch.empty(n, 256, dtype=torch.bfloat16, device="cuda:0") for n in (2, 16))
+        assert linear_cuda.linears(x, (Part(weight),)) is NotImplemented
+    cuda.compiles.cache_clear()
