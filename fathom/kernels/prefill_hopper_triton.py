@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name up to Triton 3.6, and since
 ONCE, TWICE = {"num_warps": 8}, {"num_warps": 8, "maxnreg": 128}
 """Launch options where a multiprocessor has one program at a time, or two."""
 PAIRS = 32
@@ -107,7 +108,7 @@ def attend(
     for v in range(begin, end, B):
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        _barrier()
         k = ks.index(slot)
         if BUFFERS == 2:
             slot = 1 - slot
@@ -141,7 +142,7 @@ def attend(
         fence_async_shared()
         acc = warpgroup_mma(k.permute((1, 0)), ps, acc)
         if BUFFERS == 1:
-            gl.thread_barrier()
+            _barrier()
             if v + B < end:
                 _copy(k, rows, entries, v + B + r, e, skip, last, ENTRIES, C, WINDOW, RATIO, wide)
             async_copy.commit_group()
