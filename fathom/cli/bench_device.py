@@ -138,7 +138,7 @@ def ranks() -> Ranks:
 
 
 def gpu(name: str) -> torch.device:
-    """A GPU that is there. Raises ConfigError."""
+    """A GPU that is there, from now on the current one: events and profiles are of that. Raises ConfigError."""
     import torch
 
     from fathom.engine.llm import checked_device
@@ -147,7 +147,9 @@ def gpu(name: str) -> torch.device:
         raise ConfigError(
             "this benchmark needs a GPU and torch sees none: leave out --synthetic and --device for a CPU"
         )
-    return torch.device(checked_device(name))
+    place = torch.device(checked_device(name))
+    torch.cuda.set_device(place.index or 0)
+    return place
 
 
 def model_on(job: DeviceJob, config: ModelConfig, place: torch.device) -> tuple[Transformer, ModelConfig, float]:

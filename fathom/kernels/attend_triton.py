@@ -47,7 +47,8 @@ def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, c
         q.contiguous(), *_planes(memory.window), *_planes(held), tokens.slots if chosen is None else chosen,
         tokens.slots, tokens.positions, memory.table, parts, sums, memory.table.shape[1], heads, windows + splits,
         number, width**-0.5, width, power_of_two(width), rope, memory.span, memory.window.per, ratio, held.per, ROWS,
-        SPLITS, _HEADS, chosen is not None, PLAIN, **options(q, 4),
+        SPLITS, _HEADS, chosen is not None, PLAIN, not PLAIN and torch.cuda.get_device_capability(q.device)[0] >= 9,
+        **options(q, 4),
     )  # fmt: skip
     _combine[(triton.cdiv(width, _COLUMNS), heads, count)](
         parts, sums, sink, tokens.turn(ratio), tokens.slots, tokens.positions, out, heads, windows + splits, number,
@@ -132,7 +133,7 @@ def _attend(
     q, wcodes, wrope, wscales, ecodes, erope, escales, chosen, slots, positions, table, parts, sums, PAGES, H, PARTS,
     NUMBER, SCALE, C: tl.constexpr, CB: tl.constexpr, ROPE: tl.constexpr, SPAN: tl.constexpr, RING: tl.constexpr,
     RATIO: tl.constexpr, PER: tl.constexpr, B: tl.constexpr, SPLITS: tl.constexpr, HB: tl.constexpr,
-    CHOSEN: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+    CHOSEN: tl.constexpr, PLAIN: tl.constexpr, HOPPER: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     t = tl.program_id(2).to(tl.int64)
@@ -162,7 +163,7 @@ def _attend(
             at = first + r
             seen = (at >= 0) & (at < last)
             row = slot.to(tl.int64) * RING + tl.where(seen, at, 0) % RING
-            k = _rows(row, seen, wcodes, wrope, wscales, C, CB, ROPE, B, PLAIN, PDL)
+            k = _rows(row, seen, wcodes, wrope, wscales, C, CB, ROPE, B, PLAIN, HOPPER)
             top, total, acc = _look(x, k, seen, top, total, acc, SCALE, PLAIN)
         else:
             for begin in range(first, last, B):
@@ -173,7 +174,7 @@ def _attend(
                 else:
                     page = tl.load(table + slot * PAGES + at // PER, mask=seen, other=0).to(tl.int64)
                     row = page * PER + at % PER
-                k = _rows(row, seen, ecodes, erope, escales, C, CB, ROPE, B, PLAIN, PDL)
+                k = _rows(row, seen, ecodes, erope, escales, C, CB, ROPE, B, PLAIN, HOPPER)
                 top, total, acc = _look(x, k, seen, top, total, acc, SCALE, PLAIN)
         place = (t * PARTS + split) * H + heads
         tl.store(sums + 2 * place, top, mask=heads < H)

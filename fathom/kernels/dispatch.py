@@ -43,7 +43,7 @@ def beside(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             first = _leading(args[0])
             if isinstance(first, torch.Tensor) and first.is_cuda and not torch.is_grad_enabled() and on(first.device):
                 with torch.cuda.device(first.device):  # where Triton launches: each thread has its own, at first cuda:0
-                    out: Any = _tried(module, name, lambda twin: twin(*args, **kwargs))
+                    out: Any = tried(module, name, lambda twin: twin(*args, **kwargs))
                 if out is not NotImplemented:
                     return out
             return reference(*args, **kwargs)
@@ -88,8 +88,8 @@ def _against(device: torch.device) -> str:
     return ""
 
 
-def _tried(module: str, name: str, call: Callable[[Callable[..., R]], R]) -> R:
-    """The twin's result; NotImplemented where it has none, also because it does not compile."""
+def tried(module: str, name: str, call: Callable[[Any], R]) -> R:
+    """What `call` makes of a kernel; NotImplemented where it makes nothing, also because it does not compile."""
     if (op := f"{module}.{name}") in _broken:
         return NotImplemented
     try:
@@ -99,7 +99,9 @@ def _tried(module: str, name: str, call: Callable[[Callable[..., R]], R]) -> R:
             raise
         _broken.add(op)
         text = str(error).strip().splitlines()
-        _log.warning("%s: its kernel does not compile here, torch computes it (%s)", op, text[0] if text else error)
+        _log.warning(
+            "%s: this kernel does not compile here, a slower way is taken (%s)", op, text[0] if text else error
+        )
         return NotImplemented
 
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fathom.kernels import dispatch
 from fathom.kernels.common_triton import PLAIN, operand, options, power_of_two
 
 ROWS = 16 if PLAIN else 64
@@ -55,9 +56,11 @@ def attend(
     hopper = _hopper(q.device)
     if hopper is not None and width >= 128 and turn.shape[1] == hopper.PAIRS:
         small = column <= 32 and together == 1
-        hopper.attend[grid](*inputs, 1 if small else 2, **(hopper.TWICE if small else hopper.ONCE))
-    else:
-        _attend[grid](*inputs, PLAIN, **options(q, 8, 2))
+        rest, named = 1 if small else 2, hopper.TWICE if small else hopper.ONCE
+        name = "prefill_hopper_triton"  # in a language that is still being made: Triton's stands in for it
+        if dispatch.tried(name, "attend", lambda kernel: kernel[grid](*inputs, rest, **named)) is not NotImplemented:
+            return out
+    _attend[grid](*inputs, PLAIN, **options(q, 8, 2))
     return out
 
 

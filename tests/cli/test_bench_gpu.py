@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fathom.checkpoint.synthetic import synthetic_model
-from fathom.cli.bench_device import DeviceJob, whole_config
+from fathom.cli.bench_device import DeviceJob, gpu, whole_config
 from fathom.cli.bench_fill import filled
 from fathom.cli.bench_floor import step_bytes
 from fathom.cli.bench_prefill import Prompt, chunk_sizes, random_ids
@@ -64,6 +64,15 @@ def test_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], arguments:
 
 def job(**fields: object) -> DeviceJob:
     return DeviceJob(**{"mode": "decode", "model": "flash", "synthetic": True, "contexts": (4096,), **fields})
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:1", 1)])
+def test_times_are_taken_on_the_gpu_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert gpu(name) == torch.device(name) and current == [number]
 
 
 def test_layers_of_a_kind() -> None:

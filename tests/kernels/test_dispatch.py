@@ -79,3 +79,36 @@ def test_without_nvrtc_there_are_triton_s_kernels(monkeypatch: pytest.MonkeyPatc
         x, weight = (torch.empty(n, 256, dtype=torch.bfloat16, device="cuda:0") for n in (2, 16))
         assert linear_cuda.linears(x, (Part(weight),)) is NotImplemented
     cuda.compiles.cache_clear()
+
+
+@torch.inference_mode()
+def test_where_gluon_does_not_compile_a_prompt_s_attention_is_triton_s(
+    rooms: dict[str, SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from fathom.kernels import prefill_triton
+
+    launched: list[str] = []
+
+    class Launcher:
+        def __init__(self, name: str, error: Exception | None = None) -> None:
+            self.name, self.error = name, error
+
+        def __getitem__(self, grid: object) -> Launcher:
+            return self
+
+        def __call__(self, *arguments: object, **options: object) -> None:
+            if self.error:
+                raise self.error
+            launched.append(self.name)
+
+    rooms["prefill_hopper_triton"] = SimpleNamespace(
+        attend=Launcher("gluon", KernelError("no")), PAIRS=32, ONCE={}, TWICE={}
+    )
+    monkeypatch.setattr(prefill_triton, "_hopper", lambda device: rooms["prefill_hopper_triton"])
+    monkeypatch.setattr(prefill_triton, "_attend", Launcher("triton"))
+    q, near = (torch.empty(*shape, dtype=torch.bfloat16, device="meta") for shape in ((2, 16, 128), (2, 128)))
+    sink, turn = (torch.empty(*shape, device="meta") for shape in ((16,), (2, 32, 2)))
+    for _ in range(2):
+        assert prefill_triton.attend(q, near, None, None, sink, turn, 0, 0, 128).shape == q.shape
+    assert launched == ["triton", "triton"]
