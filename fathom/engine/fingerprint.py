@@ -20,7 +20,7 @@ def fingerprint(model: Transformer, form: str = "rows") -> bytes:
 
     That is the configuration, the weights (a few thousand bytes of each tensor: training changes them all over), the
     numerics, what rounds in its own way (the device, the library, and whether a weight is multiplied in packed form),
-    and how the cache stores its rows (`form`). Design, Decisions: isolation.
+    and how the cache stores its rows (`form`).
     """
     device = model.embed.weight.device
     digest = blake2b(repr((ROWS, form, model.config, model.numerics, _device(device), torch.__version__)).encode())

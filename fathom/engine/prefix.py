@@ -1,8 +1,7 @@
 """Beginnings that were computed before: blocks of 128 tokens and resume points, in three tiers, across restarts.
 
 A block's key is a hash of the model, the namespace and all ids up to its end; so equal keys mean equal rows, whoever
-computed them. A resume point is a state at a multiple of 128 with all blocks before it. Design, Decisions: resume
-points, isolation.
+computed them. A resume point is a state at a multiple of 128 with all blocks before it.
 
     device  pages of the cache, shared with the sequences that use them (which pins them); blocks only
     host    stored form, in memory: blocks that had to leave the device, and states

@@ -1,4 +1,4 @@
-"""Fresh weights for a model that is to be trained. Reference training.md, section 6."""
+"""Fresh weights for a model that is to be trained. Reference training 6."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A task is asked in plain language and has one right answer. `traces` holds what a model should think before it
 answers: nothing for `none`, a checkpoint every two or three operations for `high`, every operation with its
 operands copied for `max`. Small models learn a step that is one lookup or one copy, so traces never skip
-(training.md F); letters and digits stand two tokens apart in questions and traces alike ("m-a-p", "1m2a3p"),
+(reference training F); letters and digits stand two tokens apart in questions and traces alike ("m-a-p", "1m2a3p"),
 which makes copying a constant shift.
 """
 

@@ -1,9 +1,9 @@
 """The byte-level BPE of the models that we train: small, digits one by one, DeepSeek's control strings as added tokens.
 
 Ids 0, 1 and 2 are begin, end and pad, the only ones flagged special; the other control strings come last, unflagged, as
-in the published tokenizer (api.md A.1), so that `deepseek-recipe` works with it unchanged (recipe.md 6). A digit is
-always one token and joins nothing; letters, punctuation and line breaks do not merge with one another either, which
-keeps "m-a-p" and "1m2a" at two tokens an item whatever stands around them.
+in the published tokenizer (reference api A.1), so that `deepseek-recipe` works with it unchanged (reference recipe 6).
+A digit is always one token and joins nothing; letters, punctuation and line breaks do not merge with one another
+either, which keeps "m-a-p" and "1m2a" at two tokens an item whatever stands around them.
 """
 
 import json
