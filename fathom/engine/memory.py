@@ -62,7 +62,7 @@ def furnish(model: Transformer, memory: Memory, context: int) -> tuple[PagedCach
     if not reason:
         cache = _on_a_gpu(model, memory, context)
         runner = DeviceRunner(model, cache, Graphs.of(model, cache))
-        runner.warm_up()
+        runner.warm_up(prefill_tokens(memory, device))
         return cache, runner
     if device.type == "cuda":
         _log.warning("torch operations instead of kernels, slowly: %s", reason)

@@ -13,6 +13,7 @@ from fathom.engine.device_cache import DeviceCache
 from fathom.engine.graphs import MOST, Steps
 from fathom.engine.request import PAGE, pages_for
 from fathom.engine.scheduler import Piece, Plan
+from fathom.errors import ConfigError
 from fathom.model.batch import DECODE_TOKENS, Batch, Span
 from fathom.model.transformer import Transformer
 
@@ -76,9 +77,19 @@ class DeviceRunner:
         return torch.stack(rows) if rows else torch.empty(0, self.model.config.vocab_size, device=self.cache.device)
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Compile what prompts need. What it leaves in slot 0 and the first pages nobody reads."""
-        count = min(2 * PAGE + 1, self.cache.pages * PAGE, self.cache.max_context)
+    def warm_up(self, tokens: int) -> None:
+        """Compile what prompts of a few tokens and of `tokens` need, which take other forms of some kernels.
+
+        What it leaves in slot 0 and the first pages nobody reads. Raises ConfigError where so many do not fit.
+        """
+        try:
+            for count in (2 * PAGE + 1, tokens):
+                self._read_nothing(min(count, self.cache.max_context))
+        except torch.OutOfMemoryError as error:
+            text = f"a step of {tokens} prompt tokens does not fit beside weights and cache"
+            raise ConfigError(f"{text}: lower --kv-gb or --max-seqs ({str(error).splitlines()[0]})") from error
+
+    def _read_nothing(self, count: int) -> None:
         self.cache.bind(0, list(range(pages_for(count))))
         batch = Batch.pieces([Span(0, count, 0)], self.cache.device)
         ids = torch.zeros(len(batch.positions), dtype=torch.long, device=self.cache.device)

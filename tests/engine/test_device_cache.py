@@ -150,6 +150,10 @@ def test_an_engine_over_it(model: torch.nn.Module, tmp_path: Path, monkeypatch: 
         assert answers(model, prompts, True, room) == want, pages
 
 
+def scarce(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand so on")
+
+
 def test_too_little_memory_is_said_with_both_numbers(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(furnishing, "unfit", lambda model: "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -159,6 +163,12 @@ def test_too_little_memory_is_said_with_both_numbers(model: torch.nn.Module, mon
     with pytest.raises(ConfigError, match=r"cache needs \d+\.\d\d GB for 32 sequences, but 0\.00 GB.*--max-seqs"):
         Core(model, 1024, Memory())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 34))
+    with (
+        pytest.raises(ConfigError, match=r"a step of 512 prompt tokens does not fit.*lower --kv-gb"),
+        monkeypatch.context() as m,
+    ):
+        m.setattr(DeviceRunner, "_read_nothing", scarce)
+        Core(model, 1024, Memory(device=1 << 27, slots=2, prefill=512))
     with pytest.raises(ConfigError, match=r"with 0\.00 GB allowed: lower --max-seqs, or set --kv-gb"):
         Core(model, 1024, Memory(device=1000))
 

@@ -147,7 +147,7 @@ def _device(capability: tuple[int, int], compiles: bool = True) -> Iterator[None
             ("torch.cuda.get_device_capability", lambda device=None: capability),
             ("torch.cuda.device", lambda device: nullcontext()),
             ("torch.Tensor.is_cuda", True),
-            ("torch.version.cuda", torch.version.cuda or "12.9"),
+            ("torch.version.cuda", torch.version.cuda or "13.0"),
             *((f"{name}.kernel", _source) for name in launchers),
             *((f"{name}.compiles", lambda device: compiles) for name in launchers),
         ):
