@@ -122,14 +122,17 @@ class Loading:
             print(f"\r{text}   ", end="\n" if last else "", file=sys.stderr, flush=True)
 
 
+class _Spoken(logging.Handler):
+    """Messages as they are, on what stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr, flush=True)
+
+
 def tell_of_device(device: str) -> None:
     """What engine and kernels say while they get a GPU ready (which kernels, graphs captured, why not), on stderr."""
-    if device == "cpu":
-        return
-    spoken = logging.StreamHandler(sys.stderr)
-    spoken.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("fathom.engine", "fathom.kernels"):
+    for name in ("fathom.engine", "fathom.kernels") if device != "cpu" else ():
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         logger.propagate = False
-        logger.handlers = [spoken]
+        logger.handlers = [_Spoken()]

@@ -130,8 +130,9 @@ def test_a_gpu_is_got_ready_in_the_open(capfd: pytest.CaptureFixture[str], monke
     for logger in loggers:
         for name in ("handlers", "propagate", "level"):
             monkeypatch.setattr(logger, name, getattr(logger, name))
+        logger.handlers = []
     tell_of_device("cpu")
-    loggers[0].info("nobody hears this")
+    assert not any(logger.handlers for logger in loggers)
     tell_of_device("cuda")
     tell_of_device("cuda")
     loggers[0].info("decode graph of 8 captured")
