@@ -18,7 +18,7 @@ from fathom.model.transformer import Transformer
 
 _log = logging.getLogger("fathom.engine")
 _ON_A_CPU, _ON_A_GPU = 256, 4096
-"""Most prompt tokens of a step: about 0.2 s of either."""
+"""Most prompt tokens of a step: about 0.2 s of reading, on a GPU by estimate."""
 _CACHE = 600_000_000
 _SCRATCH = 6 << 30
 """Bytes of a GPU that are left for what a step computes: experts' rows, index scores, graphs."""
