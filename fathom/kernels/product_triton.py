@@ -34,8 +34,8 @@ def eights(x: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, dtype: torc
     """e4m3 x [T, K] with float32 scales [T, K / 128] times e4m3 weight [N, K] with E8M0 scale [N / 128, K / 128]."""
     rows, n = x.shape[0], weight.shape[0]
     by_column = scales.t().contiguous()
-    if _has_blocks(x.device) and dtype == torch.bfloat16 and rows % 16 == 0 and n % 128 == 0:
-        return torch._scaled_mm(x, weight.t(), by_column.t(), _wide(scale).t(), out_dtype=dtype)
+    if _has_blocks(x, weight) and dtype == torch.bfloat16:
+        return torch._scaled_mm(x, weight.t(), by_column.t(), _floats_of(scale).t(), out_dtype=dtype)
     return eights_here(x, by_column, weight, scale, dtype)
 
 
@@ -51,20 +51,23 @@ def eights_here(x: Tensor, by_column: Tensor, weight: Tensor, scale: Tensor, dty
     return out
 
 
+def _has_blocks(x: Tensor, weight: Tensor) -> bool:
+    """Whether cuBLAS multiplies e4m3 of these sizes with scales of 1 x 128 and 128 x 128 blocks there."""
+    rows, (n, k) = x.shape[0], weight.shape
+    return rows % 16 == 0 and n % 128 == 0 and k % 512 == 0 and _is_hopper(x.device)
+
+
 @lru_cache(maxsize=8)
-def _has_blocks(device: torch.device) -> bool:
-    """Whether cuBLAS multiplies e4m3 with scales of 1 x 128 and 128 x 128 blocks there: on Hopper since CUDA 12.9."""
+def _is_hopper(device: torch.device) -> bool:
+    """Hopper, with CUDA 12.9 or newer."""
     version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
     return device.type == "cuda" and version >= (12, 9) and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _wide(scale: Tensor) -> Tensor:
-    """A stored scale in float32, each row at a multiple of 16 bytes. Kept with it."""
+def _floats_of(scale: Tensor) -> Tensor:
+    """A stored scale in float32. Kept with it."""
     if scale not in _floats:
-        rows, columns = scale.shape
-        room = torch.zeros((rows, -(-columns // 4) * 4), dtype=torch.float32, device=scale.device)
-        room[:, :columns] = from_scale(scale)
-        _floats[scale] = room[:, :columns]
+        _floats[scale] = from_scale(scale)
     kept: Tensor = _floats[scale]
     return kept
 
