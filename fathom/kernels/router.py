@@ -8,7 +8,7 @@ from fathom.kernels.dispatch import beside
 from fathom.kernels.elementwise import softplus
 
 
-@beside("router_triton")
+@beside("router_cuda")
 def route(
     logits: Tensor, bias: Tensor | None, table: Tensor | None, tokens: Tensor, k: int, factor: float
 ) -> tuple[Tensor, Tensor]:

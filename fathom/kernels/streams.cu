@@ -92,20 +92,15 @@ __device__ __forceinline__ float inverse(float v) {
     return r;
 }
 
-// post = 2 sigmoid, comb = the rounds over the other mixing weights m, already scaled by the RMS. One thread, whose time is
-// that of the chain from one sum to the next: the matrix stays, its rows and columns get factors, the reciprocals of the
-// hardware are good to a last bit, which the next round mends.
-__device__ void sinkhorn(const float* m, const float* scale, const float* base, float eps, float* post, float* comb) {
-    float c[N][N], rows[N], columns[N];
+// The rounds over logits [N, N], in place. One thread, whose time is that of the chain from one sum to the next: the
+// matrix stays, its rows and columns get factors, the reciprocals of the hardware are good to a last bit, which the next
+// round mends.
+__device__ void sinkhorn(float (&c)[N][N], float eps) {
+    float rows[N], columns[N];
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        post[i] = 2.0f * sigmoid(m[N + i] * scale[1] + base[N + i]);
-        float most = -1e38f, sum = 0;
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            c[i][j] = m[2 * N + i * N + j] * scale[2] + base[2 * N + i * N + j];
-            most = fmaxf(most, c[i][j]);
-        }
+        const float most = fmaxf(fmaxf(c[i][0], c[i][1]), fmaxf(c[i][2], c[i][3]));
+        float sum = 0;
 #pragma unroll
         for (int j = 0; j < N; j++) c[i][j] = __expf(c[i][j] - most), sum += c[i][j];
         const float share = inverse(sum);
@@ -128,7 +123,7 @@ __device__ void sinkhorn(const float* m, const float* scale, const float* base, 
         }
     }
 #pragma unroll
-    for (int i = 0; i < N * N; i++) comb[i] = c[i / N][i % N] * rows[i / N] * columns[i % N];
+    for (int i = 0; i < N * N; i++) c[i / N][i % N] *= rows[i / N] * columns[i % N];
 }
 
 // out BF16 [T, D], and the same rounded to e4m3 with a scale per 128; post [T, N], comb [T, N, N].
@@ -136,42 +131,53 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(
     const u16* x, const float* sums, const float* scale, const float* base, const u16* weight, u16* out, u8* rounded,
     float* scales, float* post, float* comb, float eps, float hc_eps
 ) {
-    __shared__ float m[COLUMNS], squares[32];
+    __shared__ __align__(16) float slices[THREADS / 32][COLUMNS], squares[32], logits[COLUMNS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x * 8;
     const long long t = blockIdx.y;
     const bool folds = blockIdx.x == 0, inside = column < D;
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     uint4 streams[N], norm = make_uint4(0, 0, 0, 0);
     if (folds && inside) norm = *(const uint4*)(weight + column);
+    // A lane has a mixing weight: pre, post, comb; the sum of squares stands behind the last.
+    const float own_scale = lane < ROWS ? scale[lane < N ? 0 : lane < 2 * N ? 1 : 2] : 0.0f;
+    const float own_base = lane < ROWS ? base[lane] : 0.0f;
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #pragma unroll
     for (int i = 0; i < N; i++) {
         streams[i] = make_uint4(0, 0, 0, 0);
         if (folds && inside) streams[i] = *(const uint4*)(x + (t * N + i) * D + column);
     }
-    const int first = folds ? 0 : N, last = folds ? N : ROWS;
-    for (int c = first + warp; c <= last; c += THREADS / 32) {
-        const int from = c == last ? ROWS : c;  // the sum of squares stands behind the last mixing weight
-        float sum = 0;
-        for (int s = lane; s < SLICES; s += 32) sum += sums[(t * SLICES + s) * COLUMNS + from];
-        sum = across(sum);
-        if (lane == 0) m[from] = sum;
-    }
+    float m = 0;
+#pragma unroll 4
+    for (int s = warp; s < SLICES; s += THREADS / 32) m += lane <= ROWS ? sums[(t * SLICES + s) * COLUMNS + lane] : 0.0f;
+    slices[warp][lane] = m;
     __syncthreads();
-    const float factor = __fdiv_rn(1.0f, __fsqrt_rn(m[ROWS] / (N * D) + eps));
-    if (!folds) {
-        if (threadIdx.x == 0) {
-            float scaled[ROWS];
+    m = 0;
 #pragma unroll
-            for (int i = N; i < ROWS; i++) scaled[i] = m[i] * factor;
-            sinkhorn(scaled, scale, base, hc_eps, post + t * N, comb + t * N * N);
+    for (int w = 0; w < THREADS / 32; w++) m += slices[w][lane];
+    const float factor = __fdiv_rn(1.0f, __fsqrt_rn(__shfl_sync(~0u, m, ROWS) / (N * D) + eps));
+    const float logit = m * factor * own_scale + own_base;
+    if (!folds) {
+        if (warp) return;
+        if (lane >= N && lane < 2 * N) post[t * N + lane - N] = 2.0f * sigmoid(logit);
+        logits[lane] = logit;
+        __syncwarp();
+        if (lane) return;
+        float c[N][N];
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float4 row = *(const float4*)(logits + 2 * N + i * N);
+            c[i][0] = row.x, c[i][1] = row.y, c[i][2] = row.z, c[i][3] = row.w;
         }
+        sinkhorn(c, hc_eps);
+#pragma unroll
+        for (int i = 0; i < N; i++) *(float4*)(comb + (t * N + i) * N) = make_float4(c[i][0], c[i][1], c[i][2], c[i][3]);
         return;
     }
     float total[8] = {};
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const float pre = sigmoid(m[i] * factor * scale[0] + base[i]) + hc_eps;
+        const float pre = sigmoid(__shfl_sync(~0u, logit, i)) + hc_eps;
         const u32 pairs[4] = {streams[i].x, streams[i].y, streams[i].z, streams[i].w};
 #pragma unroll
         for (int e = 0; e < 8; e++) total[e] += pre * (e % 2 ? high(pairs[e / 2]) : low(pairs[e / 2]));

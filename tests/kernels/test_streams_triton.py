@@ -14,12 +14,13 @@ DEVICE = device()
 if DEVICE is None:
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from fathom.kernels import router_triton, streams_cuda, streams_triton  # noqa: E402
+from fathom.kernels import router_cuda, router_triton, streams_cuda, streams_triton  # noqa: E402
 from fathom.kernels.quant_triton import quantise  # noqa: E402
 
 pytestmark = pytest.mark.external if INTERPRETED else pytest.mark.gpu
 SIZES = (128, 384) if INTERPRETED else (384, 4096, 7168)
 ROUNDING = 6e-3 if INTERPRETED else 3e-3  # the interpreter truncates to BF16
+ROUTERS = [router_triton] if INTERPRETED else [router_triton, router_cuda]
 MODULES = [streams_triton] if INTERPRETED else [streams_triton, streams_cuda]
 EPS, HC_EPS, ROUNDS, N = 1e-6, 1e-6, 20, 4
 
@@ -82,35 +83,38 @@ def test_a_token_has_the_same_bits_in_company(
         assert all(torch.equal(a, b[first:last]) for a, b in zip(part, whole, strict=True))
 
 
-def test_a_row_that_is_not_a_number_still_names_experts() -> None:
+@pytest.mark.parametrize("ops", ROUTERS)
+def test_a_row_that_is_not_a_number_still_names_experts(ops: ModuleType) -> None:
     """Whose weights are read then: an id behind the last would end everyone's request, not only its own."""
     logits = torch.zeros(2, 16, device=DEVICE)
     logits[1] = float("nan")
-    chosen, _ = router_triton.route(logits, torch.zeros(16, device=DEVICE), None, torch.zeros(2, device=DEVICE), 4, 1.0)
+    chosen, _ = ops.route(logits, torch.zeros(16, device=DEVICE), None, torch.zeros(2, device=DEVICE), 4, 1.0)
     assert chosen.min() >= 0 and chosen.max() < 16
 
 
-@pytest.mark.parametrize(("experts", "k"), [(8, 2), (32, 6), (256, 6)])
-def test_routes(experts: int, k: int) -> None:
+@pytest.mark.parametrize("ops", ROUTERS)
+@pytest.mark.parametrize(("experts", "k"), [(8, 2), (32, 6), (256, 6), (384, 8)])
+def test_routes(ops: ModuleType, experts: int, k: int) -> None:
     logits, bias = rand(40, experts, seed=1) * 4, rand(experts, seed=2)
     tokens = torch.arange(40, device=DEVICE)
     scores = torch.nn.functional.softplus(logits.double()).sqrt()
     with poisoned():
-        chosen, shares = router_triton.route(logits, bias, None, tokens, k, 1.5)
+        chosen, shares = ops.route(logits, bias, None, tokens, k, 1.5)
     assert torch.equal(chosen.long(), (scores + bias.double()).topk(k, -1).indices)
     own = scores.gather(-1, chosen.long())
     assert error(shares, own / own.sum(-1, keepdim=True) * 1.5) < 1e-5
     table = torch.stack([torch.randperm(experts)[:k] for _ in range(50)]).to(DEVICE)
     with poisoned():
-        chosen, shares = router_triton.route(logits, None, table, tokens + 3, k, 1.5)
+        chosen, shares = ops.route(logits, None, table, tokens + 3, k, 1.5)
     assert torch.equal(chosen.long(), table[tokens + 3])
     own = scores.gather(-1, chosen.long())
     assert error(shares, own / own.sum(-1, keepdim=True) * 1.5) < 1e-5
 
 
-def test_equal_scores_go_to_the_lower_expert() -> None:
+@pytest.mark.parametrize("ops", ROUTERS)
+def test_equal_scores_go_to_the_lower_expert(ops: ModuleType) -> None:
     logits = torch.zeros(2, 16, device=DEVICE)
-    chosen, _ = router_triton.route(logits, torch.zeros(16, device=DEVICE), None, torch.zeros(2, device=DEVICE), 4, 1.0)
+    chosen, _ = ops.route(logits, torch.zeros(16, device=DEVICE), None, torch.zeros(2, device=DEVICE), 4, 1.0)
     assert chosen.tolist() == [[0, 1, 2, 3]] * 2
 
 
