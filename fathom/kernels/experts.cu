@@ -192,8 +192,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     u8* const ring = powers + TILES * 64 * SCALES;                       // [4 warps, STAGES, 16, 128]
     __shared__ float factors[PAIRS * CHUNKS];
     __shared__ int list[MOST];
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    // In this order: what runs beside gate and up (EARLY in linear.cu) reads what was complete when they began.
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     const int own = blockIdx.y, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int g = lane / 4, j = lane % 4;
     const int count = company(chosen, total, own, list);

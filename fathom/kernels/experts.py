@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fathom.kernels.dispatch import beside
 from fathom.kernels.elementwise import silu
-from fathom.kernels.linear import linear
+from fathom.kernels.linear import Part, linear
 from fathom.kernels.packed import Packed
 from fathom.kernels.quant import WEIGHT_BLOCK, fp8_sim
 from fathom.kernels.words import from_words
@@ -32,6 +34,31 @@ def gated(gate_up: Tensor, limit: float, quantize: bool) -> Tensor:
     return fp8_sim(hidden, WEIGHT_BLOCK) if quantize else hidden
 
 
+@beside("linear_cuda")
+def gated_linear(gate_up: Tensor, part: Part, limit: float, quantize: bool) -> Tensor:
+    """`gated` of gate_up [T, 2I], times the weight [D, I] of `part`: [T, D]."""
+    return linear(gated(gate_up, limit, quantize), part.weight, part.scale, part.dtype)
+
+
+@dataclass(frozen=True)
+class Down:
+    """What is left to do of an expert that every token passes: `gated_linear` of these."""
+
+    gate_up: Tensor
+    part: Part
+    limit: float
+    quantize: bool
+
+    def product(self) -> Tensor:
+        """[T, D]."""
+        return gated_linear(self.gate_up, self.part, self.limit, self.quantize)
+
+
+def done(shared: Tensor | Down | None) -> Tensor | None:
+    """With nothing left to do."""
+    return shared.product() if isinstance(shared, Down) else shared
+
+
 @beside("experts_triton")
 def experts(
     x: Tensor,
@@ -43,16 +70,17 @@ def experts(
     s2: Tensor | None,
     limit: float,
     quantize: bool,
-    shared: Tensor | None = None,
+    shared: Tensor | Down | None = None,
 ) -> Tensor:
     """sum_k w2[e_k] (weights[t,k] * swiglu(w13[e_k] x[t])) for the k chosen experts of each token.
 
     x [T, D], rounded to e4m3 per 128 when `quantize`; chosen [T, k] expert ids; weights [T, k] float32;
     w13 [E, 2I, D] with the gate rows first, w2 [E, D, I], both in any stored form with scales s13, s2, FP4 also in the
-    order of `kernels.words`. Returns float32 [T, D]; with `shared` [T, D] that is added last and the sum has its dtype.
+    order of `kernels.words`. Returns float32 [T, D]; with `shared` [T, D], done or not, that is added last and the sum
+    has its dtype.
     A token's experts are summed in the order of `chosen`, whatever else is in the batch.
     """
-    x = fp8_sim(x, WEIGHT_BLOCK) if quantize else x
+    x, shared = fp8_sim(x, WEIGHT_BLOCK) if quantize else x, done(shared)
     order, groups = _by_expert(chosen, len(w13))
     if order is None:
         rows, shares = x.expand(chosen.shape[1], -1), weights.flatten()

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from fathom.kernels.cuda import Kernel, compiles, kernel
+from fathom.kernels.experts import Down
 from fathom.kernels.experts_pairs_triton import Fp4Experts, combine
+from fathom.kernels.linear_cuda import gated_linear
 from fathom.kernels.quant_triton import quantise
 
 MOST_PAIRS = 512
@@ -61,12 +63,25 @@ def down(x: Tensor, chosen: Tensor, weights: Fp4Experts, tiles: int = 0) -> Tens
 
 
 def few(
-    x: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, shared: Tensor | None = None
+    x: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, shared: Tensor | Down | None = None
 ) -> Tensor:
-    """The whole of it: x [T, D], chosen [T, k], shares float32 [T, k] -> [T, D], `shared` added."""
+    """The whole of it: x [T, D], chosen [T, k], shares float32 [T, k] -> [T, D], `shared` added.
+
+    What of `shared` is still to be done runs beside gate and up. Its input was complete before `chosen` was computed.
+    """
     chosen = chosen.int()
+    # Memory that is free now was last used by kernels that have ended when gate and up begin; later it may not be.
+    room = torch.empty_like(x)
     hidden = gate_up(*quantise(x), chosen, shares, weights, limit)
-    return combine(down(hidden, chosen, weights), chosen.shape[1], shared)
+    added = _beside(shared, room)
+    return combine(down(hidden, chosen, weights), chosen.shape[1], added)
+
+
+def _beside(shared: Tensor | Down | None, room: Tensor) -> Tensor | None:
+    if not isinstance(shared, Down):
+        return shared
+    out = gated_linear(shared.gate_up, shared.part, shared.limit, shared.quantize, room)
+    return shared.product() if out is NotImplemented else room
 
 
 def _kernel(x: Tensor, chosen: Tensor, up: bool, tiles: int) -> Kernel:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fathom.kernels import experts_cuda, experts_few_triton, experts_many_triton
+from fathom.kernels.experts import Down, done
 from fathom.kernels.experts_pairs_triton import Fp4Experts
 
 MOST_FEW = 64
@@ -17,16 +18,16 @@ MOST_FEW = 64
 
 def experts(
     x: Tensor, chosen: Tensor, shares: Tensor, w13: Any, s13: Tensor | None, w2: Any, s2: Tensor | None, limit: float,
-    quantize: bool, shared: Tensor | None = None,
+    quantize: bool, shared: Tensor | Down | None = None,
 ) -> Any:  # fmt: skip
     """`experts.experts` for weights in words and BF16 activations; NotImplemented for other forms."""
     if not isinstance(w13, Tensor) or w13.dtype != torch.int32 or x.dtype != torch.bfloat16 or not quantize:
         return NotImplemented
     assert s13 is not None and s2 is not None
     weights = Fp4Experts(w13, s13.view(torch.uint8), w2, s2.view(torch.uint8))
-    if x.shape[0] > MOST_FEW:
-        return experts_many_triton.many(x, chosen, shares, weights, limit, shared)
     if not x.shape[0]:
         return torch.zeros_like(x)
-    step = experts_cuda if experts_cuda.has(x, chosen, weights) else experts_few_triton
-    return step.few(x, chosen, shares, weights, limit, shared)
+    if x.shape[0] <= MOST_FEW and experts_cuda.has(x, chosen, weights):
+        return experts_cuda.few(x, chosen, shares, weights, limit, shared)
+    of_some = experts_few_triton.few if x.shape[0] <= MOST_FEW else experts_many_triton.many
+    return of_some(x, chosen, shares, weights, limit, done(shared))

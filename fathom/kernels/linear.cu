@@ -12,6 +12,8 @@
 // NT      rows of x at once, in eights
 // ROOM    pieces of 64 bytes of two rows of W that a thread's registers hold at once, an even number
 // FIT     blocks that are to fit into a multiprocessor
+// FORM    what is rounded to e4m3, here or in `rounded`: see the constants
+// EARLY   1: x was complete before the kernel before this one let it begin; both may run side by side
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -26,8 +28,9 @@ struct Part {
 struct Parts { Part of[PARTS]; };
 
 enum { QUANTISED, EIGHT, SIXTEEN };  // e4m3 times quantised x; e4m3 times BF16; BF16 times BF16
+enum { PLAIN, NORMALISED, GATED };   // x; its RMS norm; SwiGLU of x = [gate, up], which `few` rounds itself
 
-constexpr int THREADS = WARPS * 32, OWN = K / WARPS, GROUPS = OWN / 128;
+constexpr int THREADS = WARPS * 32, OWN = K / WARPS, GROUPS = OWN / 128, TOKENS = NT * 8;
 
 __device__ __forceinline__ uint4 fetch(const u8* p) {
     uint4 v;
@@ -36,14 +39,18 @@ __device__ __forceinline__ uint4 fetch(const u8* p) {
     return v;
 }
 
+__device__ __forceinline__ void wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ float exponent(u8 byte) { return __uint_as_float((u32)byte << 23); }
-__device__ __forceinline__ float bf16(u32 bits) { return __uint_as_float(bits << 16); }
+__device__ __forceinline__ float low_of(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 __device__ __forceinline__ u16 to_bf16(float v) {
     u16 r;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
     return r;
 }
+
+__device__ __forceinline__ float as_bf16(float v) { return __uint_as_float((u32)to_bf16(v) << 16); }
 
 // Two e4m3 in the low half of a word as a pair of FP16, exactly.
 __device__ __forceinline__ u32 half2_of(u32 pair) {
@@ -72,31 +79,45 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 
 __device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
+// Weights of a lane: of two rows, 16 bytes of every 64 that its warp has. What is used makes room for what follows.
+struct Weights {
+    uint4 top[ROOM], low[ROOM];
+    const u8* from;
+    long long far;
+
+    __device__ __forceinline__ void load(int p) {
+        top[p % ROOM] = fetch(from + p * 64), low[p % ROOM] = fetch(from + far + p * 64);
+    }
+    template <int PIECES>
+    __device__ __forceinline__ void take(int p, uint4& a, uint4& b) {
+        a = top[p % ROOM], b = low[p % ROOM];
+        if (p + ROOM < PIECES) load(p + ROOM);
+    }
+};
+
 // A warp's part of 16 rows of e4m3 times the columns of x: 128 of them are 2 pieces of 64, which are 4 products each.
 template <bool QUANTISED_X>
 __device__ __forceinline__ void eight(
-    float (&sum)[NT][4], const uint4 (&top)[ROOM], const uint4 (&low)[ROOM], const float* ws, int begin, int piece0,
-    const u8* xq, const float* xs, const u16* x, int stride, int rows
+    float (&sum)[NT][4], Weights& w, const float (&ws)[GROUPS], const u8* xq, int pitch, const float* xs, const u16* x,
+    int stride, int rows
 ) {
     const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
 #pragma unroll
-    for (int group = 0; group < ROOM / 2; group++) {
-        if (piece0 / 2 + group >= GROUPS) break;
-        const int column = begin + (piece0 / 2 + group) * 128;
+    for (int group = 0; group < GROUPS; group++) {
         float part[NT][4] = {};
 #pragma unroll
-        for (int p = 0; p < 2; p++) {
-            const uint4 a = top[2 * group + p], b = low[2 * group + p];
-            const int at = column + p * 64 + j * 16;
-            uint4 v[NT], w[NT];
+        for (int p = 2 * group; p < 2 * group + 2; p++) {
+            uint4 a, b, v[NT][2];
+            w.take<OWN / 64>(p, a, b);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
-                v[n] = w[n] = make_uint4(0, 0, 0, 0);
+                v[n][0] = v[n][1] = make_uint4(0, 0, 0, 0);
                 if (n * 8 + g < rows) {
-                    if (QUANTISED_X) v[n] = *(const uint4*)(xq + (n * 8 + g) * K + at);
+                    const int at = p * 64 + j * 16;
+                    if (QUANTISED_X) v[n][0] = *(const uint4*)(xq + (n * 8 + g) * pitch + at);
                     else {
                         const uint4* from = (const uint4*)(x + (long long)(n * 8 + g) * stride + at);
-                        v[n] = from[0], w[n] = from[1];
+                        v[n][0] = from[0], v[n][1] = from[1];
                     }
                 }
             }
@@ -108,85 +129,143 @@ __device__ __forceinline__ void eight(
                 else a0 = bf2_of(wa), a1 = bf2_of(wb), a2 = bf2_of(wa >> 16), a3 = bf2_of(wb >> 16);
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
-                    if (QUANTISED_X) mma<true>(part[n], a0, a1, a2, a3, half2_of(word(v[n], m)), half2_of(word(v[n], m) >> 16));
-                    else {
-                        const uint4 pairs = m < 2 ? v[n] : w[n];
-                        mma<false>(part[n], a0, a1, a2, a3, word(pairs, m % 2 * 2), word(pairs, m % 2 * 2 + 1));
-                    }
+                    const u32 codes = word(v[n][0], m);
+                    if (QUANTISED_X) mma<true>(part[n], a0, a1, a2, a3, half2_of(codes), half2_of(codes >> 16));
+                    else mma<false>(
+                        part[n], a0, a1, a2, a3, word(v[n][m / 2], m % 2 * 2), word(v[n][m / 2], m % 2 * 2 + 1));
                 }
             }
         }
-        const float scale = ws[piece0 / 2 + group];
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int t = n * 8 + j * 2 + i % 2;
-                float factor = scale;
-                if (QUANTISED_X) factor *= t < rows ? xs[t * (K / 128) + column / 128] : 0.0f;
+                float factor = ws[group];
+                if (QUANTISED_X) factor *= t < rows ? xs[t * (K / 128) + group] : 0.0f;
                 sum[n][i] += part[n][i] * factor;
             }
     }
 }
 
 // The same for BF16 weights: 16 bytes are 8 columns, a piece is 32.
-__device__ __forceinline__ void sixteen(
-    float (&sum)[NT][4], const uint4 (&top)[ROOM], const uint4 (&low)[ROOM], int begin, int piece0, int pieces,
-    const u16* x, int stride, int rows
-) {
+__device__ __forceinline__ void sixteen(float (&sum)[NT][4], Weights& w, const u16* x, int stride, int rows) {
     const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
 #pragma unroll
-    for (int p = 0; p < ROOM; p++) {
-        if (piece0 + p >= pieces) break;
-        const int at = begin + (piece0 + p) * 32 + j * 8;
+    for (int p = 0; p < OWN / 32; p++) {
+        uint4 a, b;
+        w.take<OWN / 32>(p, a, b);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             uint4 v = make_uint4(0, 0, 0, 0);
-            if (n * 8 + g < rows) v = *(const uint4*)(x + (long long)(n * 8 + g) * stride + at);
-            mma<false>(sum[n], top[p].x, low[p].x, top[p].y, low[p].y, v.x, v.y);
-            mma<false>(sum[n], top[p].z, low[p].z, top[p].w, low[p].w, v.z, v.w);
+            if (n * 8 + g < rows) v = *(const uint4*)(x + (long long)(n * 8 + g) * stride + p * 32 + j * 8);
+            mma<false>(sum[n], a.x, b.x, a.y, b.y, v.x, v.y);
+            mma<false>(sum[n], a.z, b.z, a.w, b.w, v.z, v.w);
         }
     }
 }
 
-__device__ __forceinline__ void load(uint4 (&top)[ROOM], uint4 (&low)[ROOM], const u8* w, long long step, int piece, int pieces) {
+// 16 columns as float32.
+__device__ __forceinline__ void load16(float (&v)[16], const u16* x) {
+    const uint4 a = *(const uint4*)x, b = *(const uint4*)(x + 8);
 #pragma unroll
-    for (int p = 0; p < ROOM; p++)
-        if (piece + p < pieces) top[p] = fetch(w + (piece + p) * 64), low[p] = fetch(w + 8 * step + (piece + p) * 64);
+    for (int i = 0; i < 8; i++) {
+        const u32 pair = i < 4 ? word(a, i) : word(b, i - 4);
+        v[2 * i] = low_of(pair), v[2 * i + 1] = high_of(pair);
+    }
+}
+
+// What is rounded of 16 columns, BF16 values as float32. number: the norm's eps, or the limit of SwiGLU.
+__device__ __forceinline__ void operand(float (&v)[16], const u16* x, const u16* weight, float inverse, float number) {
+    load16(v, x);
+    if (FORM == NORMALISED) {
+        float w[16];
+        load16(w, weight);
+#pragma unroll
+        for (int i = 0; i < 16; i++) v[i] = as_bf16(v[i] * inverse * w[i]);
+    }
+    if (FORM == GATED) {
+        float up[16];
+        load16(up, x + K);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const float a = fminf(v[i], number);
+            v[i] = as_bf16(__fdividef(a, 1.0f + __expf(-a)) * fminf(fmaxf(up[i], -number), number));
+        }
+    }
+}
+
+// 16 columns a lane as e4m3; eight lanes share a scale.
+__device__ __forceinline__ float codes_of(uint4& codes, const float (&v)[16]) {
+    float most = 1e-4f;
+#pragma unroll
+    for (int i = 0; i < 16; i++) most = fmaxf(most, fabsf(v[i]));
+    for (int d = 4; d; d >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+    const u32 bits = (__float_as_uint(__fdiv_rn(most, 448.0f)) + 0x7fffff) & 0x7f800000;
+    const float shrink = __uint_as_float(0x7f000000 - bits);
+    u32 words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u16 a, b;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(a) : "f"(v[4 * i + 1] * shrink), "f"(v[4 * i] * shrink));
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(b) : "f"(v[4 * i + 3] * shrink), "f"(v[4 * i + 2] * shrink));
+        words[i] = a | (u32)b << 16;
+    }
+    codes = make_uint4(words[0], words[1], words[2], words[3]);
+    return __uint_as_float(bits);
+}
+
+// All columns of x for a block, GATED, rounded into its own memory: codes [T, pitch], scales [T, K / 128].
+__device__ __forceinline__ void gate(u8* to, int pitch, float* scales, const u16* x, int stride, float limit, int rows) {
+    for (int first = 0; first < rows * (K / 16); first += THREADS) {
+        const int i = first + threadIdx.x, t = i / (K / 16), c = i % (K / 16) * 16;
+        float v[16] = {};
+        uint4 codes;
+        if (t < rows) operand(v, x + (long long)t * stride + c, nullptr, 1.0f, limit);
+        const float scale = codes_of(codes, v);
+        if (t >= rows) continue;
+        *(uint4*)(to + t * pitch + c) = codes;
+        if (c % 128 == 0) scales[t * (K / 128) + c / 128] = scale;
+    }
+    __syncthreads();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
-    const __grid_constant__ Parts parts, const u16* x, const u8* quantised, const float* scales, int total, int stride, int per_group
+    const __grid_constant__ Parts parts, const u16* x, const u8* quantised, const float* scales, float number, int total,
+    int stride, int per_group
 ) {
-    __shared__ float sums[WARPS][16][NT * 8 + 1];
+    extern __shared__ __align__(16) u8 own[];
+    __shared__ float sums[WARPS][16][TOKENS + 1];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     int of = 0;
 #pragma unroll
     for (int i = 1; i < PARTS; i++) of += blockIdx.x >= parts.of[i].first;
     const Part& part = parts.of[of];
-    const int row = (blockIdx.x - part.first) * 16, warp = threadIdx.x / 32;
-    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4, begin = warp * OWN;
-    const int size = part.kind == SIXTEEN ? 2 : 1, pieces = OWN * size / 64;
-    const long long step = (long long)K * size;
-    const u8* w = part.w + (row + g) * step + begin * size + j * 16;
-    uint4 top[ROOM], low[ROOM];
-    load(top, low, w, step, 0, pieces);
+    const int row = (blockIdx.x - part.first) * 16, warp = threadIdx.x / 32, kind = part.kind;
+    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4, begin = warp * OWN, size = kind == SIXTEEN ? 2 : 1;
+    Weights w;
+    w.far = 8LL * K * size, w.from = part.w + (long long)(row + g) * K * size + begin * size + j * 16;
+#pragma unroll
+    for (int p = 0; p < ROOM; p++)
+        if (p < OWN * size / 64) w.load(p);
     float ws[GROUPS];
 #pragma unroll
     for (int i = 0; i < GROUPS; i++)
-        ws[i] = part.kind == SIXTEEN ? 1.0f : exponent(part.scale[row / 128 * (K / 128) + begin / 128 + i]);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    const int t0 = blockIdx.y * NT * 8, rows = min(total - t0, NT * 8);
+        ws[i] = kind == SIXTEEN ? 1.0f : exponent(part.scale[row / 128 * (K / 128) + begin / 128 + i]);
+    if (!EARLY) wait();
+    const int t0 = blockIdx.y * TOKENS, rows = min(total - t0, TOKENS);
     const u16* from = x + (long long)t0 * stride + (long long)(row / per_group) * K;
     const u8* xq = quantised + (long long)t0 * K;
     const float* xs = scales + t0 * (K / 128);
-    float sum[NT][4] = {};
-    for (int piece = 0; piece < pieces; piece += ROOM) {
-        if (piece) load(top, low, w, step, piece, pieces);
-        if (part.kind == QUANTISED) eight<true>(sum, top, low, ws, begin, piece, xq, xs, from, stride, rows);
-        else if (part.kind == EIGHT) eight<false>(sum, top, low, ws, begin, piece, xq, xs, from, stride, rows);
-        else sixteen(sum, top, low, begin, piece, pieces, from, stride, rows);
+    int pitch = K;
+    if (FORM == GATED) {
+        pitch = K + 64, xq = own, xs = (const float*)(own + TOKENS * pitch);
+        gate(own, pitch, (float*)(own + TOKENS * pitch), from, stride, number, rows);
     }
+    float sum[NT][4] = {};
+    if (kind == QUANTISED) eight<true>(sum, w, ws, xq + begin, pitch, xs + begin / 128, from, stride, rows);
+    else if (kind == EIGHT) eight<false>(sum, w, ws, xq, pitch, xs, from + begin, stride, rows);
+    else sixteen(sum, w, from + begin, stride, rows);
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -195,9 +274,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
     for (int i = threadIdx.x; i < 16 * rows; i += THREADS) {
         const int t = i / 16, r = i % 16;
         float all = 0;
+#pragma unroll
         for (int k = 0; k < WARPS; k++) all += sums[k][r][t];
         const long long place = (long long)(t0 + t) * part.rows + row + r;
         if (part.wide) ((float*)part.out)[place] = all;
         else ((u16*)part.out)[place] = to_bf16(all);
     }
+    if (EARLY) wait();
+}
+
+// x, or its RMS norm, as e4m3 [T, K] with scales [T, K / 128]. A warp has 512 columns of a row, and all for the norm.
+extern "C" __global__ void __launch_bounds__(32) rounded(
+    const u16* x, const u16* norm, u8* codes, float* scales, float eps
+) {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    wait();
+    const u16* row = x + (long long)blockIdx.y * K;
+    float inverse = 1, v[16] = {};
+    if (FORM == NORMALISED) {
+        float sum = 0;
+#pragma unroll
+        for (int c = threadIdx.x * 16; c < K; c += 512) {
+            load16(v, row + c);
+#pragma unroll
+            for (int i = 0; i < 16; i++) sum += v[i] * v[i];
+        }
+        for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
+        inverse = __fdiv_rn(1.0f, __fsqrt_rn(sum / K + eps));
+    }
+    const int c = blockIdx.x * 512 + threadIdx.x * 16;
+    uint4 own;
+    if (c < K) operand(v, row + c, norm + c, inverse, 0);
+    const float scale = codes_of(own, v);
+    if (c >= K) return;
+    *(uint4*)(codes + (long long)blockIdx.y * K + c) = own;
+    if (c % 128 == 0) scales[blockIdx.y * (K / 128) + c / 128] = scale;
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,11 +17,15 @@ from torch import Tensor
 from fathom.kernels.cuda import compiles, kernel
 from fathom.kernels.linear import Part
 from fathom.kernels.norm import rms_norm
+from fathom.kernels.quant_triton import known
 
 MOST = 64
 """Rows up to which this is meant; a decode step stays below."""
 _QUANTISED, _EIGHT, _SIXTEEN = range(3)
+_PLAIN, _NORMALISED, _GATED = range(3)
 _RESULTS = (None, torch.bfloat16, torch.float32)
+_Codes = tuple[Tensor | None, Tensor | None]
+_NO_CODES: _Codes = (None, None)
 
 
 class _Part(ctypes.Structure):
@@ -33,27 +38,68 @@ def linears(x: Tensor, parts: Sequence[Part], norm: Tensor | None = None, eps: f
 
     groups: x is [T, groups * K], and as many parts of each weight's rows have their own columns of it.
     """
-    weights = [part.weight for part in parts if isinstance(part.weight, Tensor)]
     kinds, columns = [_kind(part) for part in parts], x.shape[1] // groups
-    if len(weights) < len(parts) or None in kinds or columns % 128 or not _is_for(x):
+    if None in kinds or columns % 128 or not _is_for(x):
         return NotImplemented
-    x = x.contiguous() if norm is None else rms_norm(x, norm, eps)
-    given = _input(x, kinds)
-    out = [
-        torch.empty((x.shape[0], w.shape[0]), dtype=p.dtype or x.dtype, device=x.device)
-        for p, w in zip(parts, weights, strict=True)
-    ]
-    described, blocks = _described(parts, kinds, out)
-    warps, tiles, room, fit = shape(columns, x.shape[0])
-    run = kernel(
-        "linear.cu", "few", x.device, K=columns, WARPS=warps, NT=tiles, ROOM=room, PARTS=len(parts), FIT=fit
-    )  # fmt: skip
-    per_group = weights[0].shape[0] // groups if groups > 1 else 1 << 30
-    run(
-        (blocks, -(-x.shape[0] // (8 * tiles))), 32 * warps, x.device, described, *map(_pointer, (x, *given)),
-        *(ctypes.c_int(n) for n in (*x.shape, per_group)),
-    )  # fmt: skip
+    x, codes = x.contiguous(), _NO_CODES
+    if norm is not None and set(kinds) != {_QUANTISED}:
+        x, norm = rms_norm(x, norm, eps), None
+    if _QUANTISED in kinds:
+        codes = _rounded(x, norm, eps)
+    out = [_result(x, part) for part in parts]
+    per_group = out[0].shape[1] // groups if groups > 1 else 1 << 30
+    _run(x, columns, parts, kinds, out, codes, per_group)
     return out
+
+
+def gated_linear(gate_up: Tensor, part: Part, limit: float, quantize: bool, out: Tensor | None = None) -> Any:
+    """`experts.gated_linear`, likewise.
+
+    out: where the result goes, and a promise that gate_up is complete before the kernel launched last lets this one
+    begin: they then run side by side.
+    """
+    columns, kind = gate_up.shape[1] // 2, _kind(replace(part, quantised=quantize))
+    if kind != _QUANTISED or columns % 128 or not _is_for(gate_up):
+        return NotImplemented
+    y = _result(gate_up, part) if out is None else out
+    _run(gate_up.contiguous(), columns, [part], [kind], [y], limit=limit, early=out is not None)
+    return y
+
+
+def _run(
+    x: Tensor, columns: int, parts: Sequence[Part], kinds: Sequence[int | None], out: Sequence[Tensor],
+    codes: _Codes = _NO_CODES, per_group: int = 1 << 30, limit: float | None = None,
+    early: bool = False,
+) -> None:  # fmt: skip
+    described, blocks = _described(parts, kinds, out)
+    sizes, tokens = _sizes(columns, len(x)), 8 * shape(columns, len(x))[1]
+    room = 0 if limit is None else tokens * (columns + 64 + columns // 32)
+    form = _PLAIN if limit is None else _GATED
+    run = kernel("linear.cu", "few", x.device, room, **sizes, PARTS=len(parts), FORM=form, EARLY=int(early))
+    run(
+        (blocks, -(-len(x) // tokens)), 32 * sizes["WARPS"], x.device, described, *map(_pointer, (x, *codes)),
+        ctypes.c_float(limit or 0.0), *(ctypes.c_int(n) for n in (*x.shape, per_group)),
+    )  # fmt: skip
+
+
+def _rounded(x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """x, or its norm, in e4m3 [T, K] with scales [T, K / 128]; what its maker left, if that is so."""
+    codes = known(x) if norm is None else None
+    if codes is not None:
+        return codes
+    rows, k = x.shape
+    values = torch.empty((rows, k), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((rows, k // 128), dtype=torch.float32, device=x.device)
+    form = _PLAIN if norm is None else _NORMALISED
+    norm = norm if norm is None else norm.to(x.dtype)
+    run = kernel("linear.cu", "rounded", x.device, **_sizes(k, 1), PARTS=1, FORM=form, EARLY=0)
+    run((-(-k // 512), rows), 32, x.device, *map(_pointer, (x, norm, values, scales)), ctypes.c_float(eps))
+    return values, scales
+
+
+def _result(x: Tensor, part: Part) -> Tensor:
+    assert isinstance(part.weight, Tensor)
+    return torch.empty((x.shape[0], part.weight.shape[0]), dtype=part.dtype or x.dtype, device=x.device)
 
 
 def _is_for(x: Tensor) -> bool:
@@ -68,15 +114,6 @@ def _kind(part: Part) -> int | None:
     if weight.dtype == torch.float8_e4m3fn and scale is not None and scale.dtype == torch.float8_e8m0fnu:
         return _QUANTISED if part.quantised else _EIGHT
     return _SIXTEEN if weight.dtype == torch.bfloat16 and scale is None and not part.quantised else None
-
-
-def _input(x: Tensor, kinds: Sequence[int | None]) -> tuple[Tensor | None, Tensor | None]:
-    """The quantised form of x and its scales, where a part reads them."""
-    if _QUANTISED not in kinds:
-        return None, None
-    from fathom.kernels.quant_triton import quantise
-
-    return quantise(x)
 
 
 def _described(parts: Sequence[Part], kinds: Sequence[int | None], out: Sequence[Tensor]) -> tuple[Any, int]:
@@ -99,3 +136,8 @@ def shape(columns: int, rows: int) -> tuple[int, int, int, int]:
     warps = next(w for w in ((8, 4, 2, 1) if columns > 2048 else (4, 2, 1)) if columns % (128 * w) == 0)
     tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
     return warps, tiles, 8 if tiles == 1 else 4, 16 // warps
+
+
+def _sizes(columns: int, rows: int) -> dict[str, int]:
+    warps, tiles, room, fit = shape(columns, rows)
+    return {"K": columns, "WARPS": warps, "NT": tiles, "ROOM": room, "FIT": fit}

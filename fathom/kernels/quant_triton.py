@@ -40,6 +40,12 @@ def form_of(x: Tensor) -> tuple[Tensor, Tensor] | None:
     return (values, scales) if exact else None
 
 
+def known(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The form of x in PLAIN_ORDER, if its maker left it."""
+    found: tuple[Tensor, Tensor] | None = _known.get(x)
+    return found
+
+
 def quantise(x: Tensor, form: int = PLAIN_ORDER, block: int = WEIGHT_BLOCK) -> tuple[Tensor, Tensor]:
     """x [T, K] BF16 or float32 (K a multiple of `block`) -> (values, scales [T, K / block] float32 powers of two).
 

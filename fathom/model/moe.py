@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.kernels import dispatch
-from fathom.kernels.experts import experts, gated
+from fathom.kernels.experts import Down, experts
 from fathom.kernels.linear import Part, linears
 from fathom.kernels.packed import pack, pack_all
 from fathom.kernels.quant import dequantize
@@ -93,8 +93,8 @@ class Experts(Packable):
         if self.w13.dtype == torch.int8 and dispatch.on(self.w13.device):
             self.store(to_words(self.w13.data), self.w13_scale, to_words(self.w2.data), self.w2_scale)
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, shared: Tensor) -> Tensor:
-        """x [T, D] -> [T, D] in the dtype of `shared`: the weighted sum of each token's experts, plus `shared`."""
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, shared: Down) -> Tensor:
+        """x [T, D] -> [T, D]: the weighted sum of each token's experts, plus the shared one."""
         w13, w2 = self.packed or (self.w13, self.w2)
         scales = self.w13_scale, self.w2_scale
         return experts(x, chosen, weights, w13, scales[0], w2, scales[1], self.limit, self.numerics.quantize, shared)
@@ -115,10 +115,10 @@ class SharedExpert(nn.Module):
         parts = [whole] if whole else [self.w1.part(), self.w3.part()]
         return [replace(part, quantised=self.numerics.quantize) for part in parts]
 
-    def forward(self, products: list[Tensor]) -> Tensor:
-        """What the `parts` of x [T, D] give -> [T, D]."""
+    def down(self, products: list[Tensor]) -> Down:
+        """What is left to do when the `parts` of x [T, D] are there."""
         up = products[0] if len(products) == 1 else torch.cat(products, -1)
-        return self.w2(gated(up, self.limit, self.numerics.quantize))
+        return Down(up, self.w2.part(), self.limit, self.numerics.quantize)
 
 
 class MoE(nn.Module):
@@ -135,4 +135,4 @@ class MoE(nn.Module):
         """x [T, D], tokens [T] -> [T, D]. The router reads x unquantised."""
         logits, *products = linears(x, (self.gate.part(), *self.shared_experts.parts()))
         chosen, weights = self.gate(logits, tokens)
-        return self.experts(x, chosen, weights, self.shared_experts(products))
+        return self.experts(x, chosen, weights, self.shared_experts.down(products))

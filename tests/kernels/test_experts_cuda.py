@@ -8,6 +8,9 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 from fathom.kernels import experts_cuda as ops
+from fathom.kernels.experts import Down
+from fathom.kernels.linear import Part
+from fathom.kernels.quant import quantize_fp8
 from fathom.kernels.quant_triton import quantise
 from fathom.kernels.testing import error, poisoned
 from tests.kernels.test_experts_triton import LIMIT, by_hand, layer, rand, routing
@@ -36,3 +39,13 @@ def test_a_token_has_the_same_bits_in_any_company_and_split() -> None:
     assert torch.equal(both[0], both[1]) and torch.equal(both[0], both[2])
     both = [ops.down(both[0], chosen, weights, tiles) for tiles in (1, 8)]
     assert torch.equal(*both)
+
+
+def test_a_shared_expert_is_done_on_the_way() -> None:
+    _, weights = layer(8, 1024, 384)
+    x, (chosen, shares) = rand(9, 1024, seed=6).bfloat16(), routing(9, 8, 3)
+    w, scale = quantize_fp8(rand(1024, 384, seed=7))
+    shared = Down(rand(9, 768, seed=8).bfloat16(), Part(w, scale), LIMIT, True)
+    with poisoned():
+        got = ops.few(x, chosen, shares, weights, LIMIT, shared)
+    assert torch.equal(got, ops.few(x, chosen, shares, weights, LIMIT, shared.product()))

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fathom.kernels.linear import Part
-from fathom.kernels.linear_cuda import linears
+from fathom.kernels.linear_cuda import gated_linear, linears
 from fathom.kernels.quant import dequantize_fp8, fp8_sim, quantize_fp8
+from fathom.kernels.quant_triton import note, quantise
 from fathom.kernels.testing import error, poisoned
 
 pytestmark = pytest.mark.gpu
@@ -59,6 +60,29 @@ def test_normalised_and_quantised_inside(rows: int) -> None:
         got = linears(x, [p for p, _ in parts], norm, 1e-6)
     for y, (_, weight) in zip(got, parts, strict=True):
         assert error(y, reference(x, weight, True, norm, 1e-6)) < TOLERANCE
+    (alone,) = zip(*(linears(x[i : i + 1], [parts[0][0]], norm, 1e-6) for i in range(rows)), strict=True)
+    assert torch.equal(torch.cat(alone), got[0])
+
+
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 1024, 4096), (7, 384, 80), (33, 2048, 4096)])
+def test_gated_and_quantised_inside(rows: int, k: int, n: int) -> None:
+    p, weight = part(n, k, "quantised", 1)
+    x = rand(rows, 2 * k, seed=3).bfloat16() * 4
+    a, b = x.double().chunk(2, -1)
+    hidden = (torch.nn.functional.silu(a.clamp(max=10)) * b.clamp(-10, 10)).bfloat16()
+    with poisoned():
+        got = gated_linear(x, p, 10.0, True)
+    assert error(got, reference(hidden, weight, True)) < 2 * TOLERANCE
+    alone = [gated_linear(x[i : i + 1], p, 10.0, True) for i in range(rows)]
+    assert torch.equal(got, torch.cat(alone))
+
+
+def test_what_is_known_is_what_would_be_rounded() -> None:
+    p, _ = part(512, 1536, "quantised", 1)
+    x = rand(19, 1536, seed=3).bfloat16()
+    (inside,) = linears(x, [p])
+    note(x, *quantise(x))
+    assert torch.equal(linears(x, [p])[0], inside)
 
 
 @pytest.mark.parametrize("rows", [1, 33])
