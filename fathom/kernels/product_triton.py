@@ -32,7 +32,6 @@ _floats: Any = WeakIdKeyDictionary()
 
 def eights(x: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """e4m3 x [T, K] with float32 scales [T, K / 128] times e4m3 weight [N, K] with E8M0 scale [N / 128, K / 128]."""
-    rows, n = x.shape[0], weight.shape[0]
     by_column = scales.t().contiguous()
     if _has_blocks(x, weight) and dtype == torch.bfloat16:
         return torch._scaled_mm(x, weight.t(), by_column.t(), _floats_of(scale).t(), out_dtype=dtype)

@@ -42,8 +42,8 @@ def form_of(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def known(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """The form of x in PLAIN_ORDER, if its maker left it."""
-    found: tuple[Tensor, Tensor] | None = _known.get(x)
-    return found
+    found = _known.get(x)
+    return None if found is None else found[:2]
 
 
 def quantise(x: Tensor, form: int = PLAIN_ORDER, block: int = WEIGHT_BLOCK) -> tuple[Tensor, Tensor]:
@@ -54,9 +54,9 @@ def quantise(x: Tensor, form: int = PLAIN_ORDER, block: int = WEIGHT_BLOCK) -> t
             (8i + 2p, 8i + 2p + 1), so that neighbouring lanes of the FP4 kernels read neighbouring words;
             GRID: values times scales in the dtype of x [T, K], with their form noted
     """
-    if form == PLAIN_ORDER and block == WEIGHT_BLOCK and x in _known:
-        values, scales, _ = _known[x]
-        return values, scales
+    left = known(x) if form == PLAIN_ORDER and block == WEIGHT_BLOCK else None
+    if left is not None:
+        return left
     x, (rows, k) = x.contiguous(), x.shape
     values = torch.empty((rows, k), dtype=_DTYPES.get(form, x.dtype), device=x.device)
     eights = torch.empty((rows, k), dtype=torch.float8_e4m3fn, device=x.device) if form == GRID else values

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fathom.kernels import router_triton
-from fathom.kernels.cuda import kernel
+from fathom.kernels.cuda import compiles, kernel
 
 _MOST_EXPERTS, _MOST_CHOSEN = 1024, 32
 
@@ -38,4 +38,4 @@ def _has(logits: Tensor, bias: Tensor | None, table: Tensor | None, tokens: Tens
         types = bias is not None and bias.dtype == torch.float32
     else:
         types = table.dtype == torch.int64 and tokens.dtype in (torch.int32, torch.int64)
-    return fits and types and logits.is_cuda and torch.cuda.get_device_capability(logits.device) >= (9, 0)
+    return fits and types and compiles(logits.device)
