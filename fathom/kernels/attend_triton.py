@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fathom.kernels import attend_cuda
 from fathom.kernels.common_triton import PLAIN, from_e8m0, operand, options, power_of_two
 from fathom.kernels.decode import Memory, Tokens
 from fathom.kernels.stored import BLOCK
@@ -50,10 +51,16 @@ def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, c
         SPLITS, _HEADS, chosen is not None, PLAIN, not PLAIN and torch.cuda.get_device_capability(q.device)[0] >= 9,
         **options(q, 4),
     )  # fmt: skip
+    if attend_cuda.has(parts, rope):
+        attend_cuda.combine(
+            parts, sums, sink, tokens, out, number, rope=rope, span=memory.span, ratio=ratio, rows=ROWS, splits=SPLITS,
+            chosen=chosen is not None,
+        )  # fmt: skip
+        return out
     _combine[(triton.cdiv(width, _COLUMNS), heads, count)](
         parts, sums, sink, tokens.turn(ratio), tokens.slots, tokens.positions, out, heads, windows + splits, number,
         width, rope, memory.span, ratio, ROWS, SPLITS, _padded(windows, chosen), chosen is not None, _COLUMNS,
-        **options(q, 4),
+        **options(q, 4, early=False),
     )  # fmt: skip
     return out
 
@@ -141,11 +148,11 @@ def _attend(
     rc = tl.arange(0, CB)
     r = tl.arange(0, B)
     WINDOWS: tl.constexpr = (SPAN + B - 1) // B
+    slot = tl.load(slots + t)
+    position = tl.load(positions + t)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    slot = tl.load(slots + t)
-    position = tl.load(positions + t)
     number, blocks = _entries(position, slot, NUMBER, RATIO, CHOSEN, B, SPLITS)
     first = (split - WINDOWS) * blocks * B
     last = tl.minimum(first + blocks * B, number)

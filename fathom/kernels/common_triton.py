@@ -2,8 +2,9 @@
 
 Every kernel is launched with programmatic dependent launch where the device has it: the next kernel's programs start
 early and load their weights, then wait (`gdc_wait`) until everything before them is complete. Two rules follow. A
-kernel reads nothing but weights before its wait, and every program waits, also one that has nothing to do: completion
-is passed on only through the waits.
+kernel reads nothing before its wait but weights and what says where a step's tokens stand (slots, positions, page
+tables, which no kernel of these writes), and every program waits, also one that has nothing to do: completion is passed
+on only through the waits.
 
 PLAIN selects variants without inline assembly and without dependent launch: Triton's interpreter runs those.
 """
@@ -28,13 +29,18 @@ def _dependent_launch(device: torch.device) -> bool:
     return not PLAIN and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def options(x: Tensor, warps: int, stages: int = 0) -> dict[str, int | bool]:
-    """The launch options of a kernel over `x`: warps, pipeline stages (0: the default), dependent launch."""
+def options(x: Tensor, warps: int, stages: int = 0, early: bool = True) -> dict[str, int | bool]:
+    """The launch options of a kernel over `x`: warps, pipeline stages (0: the default), dependent launch.
+
+    early: whether its programs may take their places before the kernel before is complete. They take what is free just
+    then, several on one multiprocessor, and hold it while they wait: for small kernels between large ones that costs
+    more than the launch.
+    """
     pdl = _dependent_launch(x.device)
     chosen: dict[str, int | bool] = {"PDL": pdl, "num_warps": warps}
     if stages:
         chosen["num_stages"] = stages
-    return {**chosen, "launch_pdl": True} if pdl else chosen
+    return {**chosen, "launch_pdl": early} if pdl else chosen
 
 
 def power_of_two(n: int) -> int:

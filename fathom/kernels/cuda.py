@@ -51,11 +51,18 @@ class Kernel:
     def __init__(self, function: ctypes.c_void_p, shared: int) -> None:
         self._function, self._shared = function, shared
 
-    def __call__(self, grid: tuple[int, int], threads: int, device: torch.device, *arguments: Any) -> None:
-        """Launch on the device's current stream; arguments are ctypes values, in the order of the parameters."""
+    def __call__(
+        self, grid: tuple[int, int], threads: int, device: torch.device, *arguments: Any, early: bool = True
+    ) -> None:
+        """Launch on the device's current stream; arguments are ctypes values, in the order of the parameters.
+
+        early: as `common_triton.options` has it.
+        """
         attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1, b"")
         stream = torch.cuda.current_stream(device).cuda_stream
-        config = _Config((*grid, 1), (threads, 1, 1), self._shared, stream, ctypes.pointer(attribute), int(DEPENDENT))
+        config = _Config(
+            (*grid, 1), (threads, 1, 1), self._shared, stream, ctypes.pointer(attribute), int(DEPENDENT and early)
+        )
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         _checked(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "launch")
 

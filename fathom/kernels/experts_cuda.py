@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fathom.kernels.cuda import Kernel, compiles, kernel
+from fathom.kernels.cuda import compiles, kernel
 from fathom.kernels.experts import Down
 from fathom.kernels.experts_pairs_triton import Fp4Experts, combine
 from fathom.kernels.linear_cuda import gated_linear
@@ -24,7 +24,25 @@ MOST_PAIRS = 512
 """Pairs of a token and an expert that a block can look through."""
 _TOGETHER = 8
 """Pairs of an expert that are multiplied at once."""
-_STAGES = 3
+_FEW_PAIRS, _SOME_PAIRS = 12, 64
+"""Up to so many pairs, columns in two halves side by side; up to so many, more blocks instead of longer ones."""
+
+
+class Shape(NamedTuple):
+    """Tiles of 64 rows in a block, stages of its rings, and groups of warps that share its columns: no bit of it."""
+
+    tiles: int
+    stages: int
+    sides: int
+
+
+def shape(pairs: int, up: bool) -> Shape:
+    """What measured best."""
+    if pairs <= _FEW_PAIRS:
+        return Shape(1, 3, 2)
+    if pairs <= _SOME_PAIRS:
+        return Shape(2, 4, 1)
+    return Shape(2 if up else 4, 4, 1)
 
 
 def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:
@@ -35,30 +53,26 @@ def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:
 
 
 def gate_up(
-    x: Tensor, scales: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, tiles: int = 1
-) -> Tensor:
+    x: Tensor, scales: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float,
+    form: Shape | None = None,
+) -> Tensor:  # fmt: skip
     """shares * silu(min(a, limit)) * clamp(b, -limit, limit), [a, b] = w13[e] x, for every pair: BF16 [P, I].
 
-    x e4m3 [T, D] and scales [T, D / 128] from `quantise`; chosen int32 and shares float32 [T, k]; tiles: of 64 rows in
-    a block, which changes no bit.
+    x e4m3 [T, D] and scales [T, D / 128] from `quantise`; chosen int32 and shares float32 [T, k].
     """
     width = weights.w13.shape[1] // 2
     out = torch.empty((chosen.numel(), width), dtype=torch.bfloat16, device=x.device)
-    tiles = math.gcd(width // 32, tiles)
-    run = _kernel(x, chosen, True, tiles)
-    arguments = (weights.w13, weights.s13, x, scales, chosen, shares, out)
-    run((width // 32 // tiles, chosen.numel()), 128, x.device, *_arguments(arguments, chosen.numel(), width, limit))
+    tensors = (weights.w13, weights.s13, x, scales, chosen, shares, out)
+    _run(tensors, width, width // 32, limit, form or shape(chosen.numel(), True), up=True)
     return out
 
 
-def down(x: Tensor, chosen: Tensor, weights: Fp4Experts, tiles: int = 0) -> Tensor:
+def down(x: Tensor, chosen: Tensor, weights: Fp4Experts, form: Shape | None = None) -> Tensor:
     """w2[e] x for every pair, float32 [P, D]; x BF16 [P, I], which is rounded to e4m3 per 128."""
     hidden = weights.w2.shape[1]
     out = torch.empty((chosen.numel(), hidden), dtype=torch.float32, device=x.device)
-    tiles = math.gcd(hidden // 64, tiles or (2 if chosen.numel() <= 64 else 4))
-    run = _kernel(x, chosen, False, tiles)
-    arguments = (weights.w2, weights.s2, x, x, chosen, x, out)
-    run((hidden // 64 // tiles, chosen.numel()), 128, x.device, *_arguments(arguments, chosen.numel(), hidden, 0.0))
+    tensors = (weights.w2, weights.s2, x, x, chosen, x, out)
+    _run(tensors, hidden, hidden // 64, 0.0, form or shape(chosen.numel(), False), up=False)
     return out
 
 
@@ -84,13 +98,13 @@ def _beside(shared: Tensor | Down | None, room: Tensor) -> Tensor | None:
     return shared.product() if out is NotImplemented else room
 
 
-def _kernel(x: Tensor, chosen: Tensor, up: bool, tiles: int) -> Kernel:
-    columns = x.shape[1]
-    shared = _TOGETHER * columns + tiles * 64 * (columns // 32 + 16) + 4 * _STAGES * 2048
-    sizes = {"K": columns, "TILES": tiles, "STAGES": _STAGES, "UP": int(up), "TOP": chosen.shape[1]}
-    return kernel("experts.cu", "experts", x.device, shared, **sizes)
-
-
-def _arguments(tensors: tuple[Tensor, ...], pairs: int, rows: int, limit: float) -> list[Any]:
+def _run(tensors: tuple[Tensor, ...], rows: int, tiles: int, limit: float, form: Shape, up: bool) -> None:
+    """tensors: as the kernel names them; rows: of a result; tiles: of 64 rows of an expert."""
+    x, chosen = tensors[2], tensors[4]
+    columns, pairs, each = x.shape[1], chosen.numel(), math.gcd(tiles, form.tiles)
+    shared = _TOGETHER * columns + each * 64 * (columns // 32 + 16) + 4 * form.sides * form.stages * 2048
+    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "SIDES": form.sides, "UP": int(up)}
+    run = kernel("experts.cu", "experts", x.device, shared, **sizes, TOP=chosen.shape[1])
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    return [*pointers, ctypes.c_int(pairs), ctypes.c_int(rows), ctypes.c_float(limit)]
+    numbers = ctypes.c_int(pairs), ctypes.c_int(rows), ctypes.c_float(limit)
+    run((tiles // each, pairs), 128 * form.sides, x.device, *pointers, *numbers)

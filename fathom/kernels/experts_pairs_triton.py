@@ -46,7 +46,14 @@ def combine(parts: Tensor, k: int, shared: Tensor | None = None) -> Tensor:
     out = torch.empty((tokens, hidden), dtype=torch.float32 if shared is None else shared.dtype, device=parts.device)
     block = 512
     _combine[(triton.cdiv(hidden, block), tokens)](
-        parts, parts if shared is None else shared, out, hidden, k, block, shared is not None, **options(parts, 4)
+        parts,
+        parts if shared is None else shared,
+        out,
+        hidden,
+        k,
+        block,
+        shared is not None,
+        **options(parts, 4, early=False),
     )
     return out
 

@@ -98,12 +98,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
     int number, int chunks, int k, int per
 ) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
     const int chunk = blockIdx.x, at = chunk * CHUNK + threadIdx.x * EACH, slot = slots[blockIdx.y];
     const long long t = blockIdx.y;
-    float s[EACH];
-    load(s, scores + t * number + at, number - at);  // also what the token does not see: it need not know yet
     const int seen = slot >= 0 ? (positions[t] + 1) / 4 : 0;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    float s[EACH];
+    load(s, scores + t * number + at, min(number, seen) - at);
     const Pages where = {table, pages, per};
     if (seen <= k) {
         for (int i = threadIdx.x; chunk == 0 && i < k; i += THREADS) out[t * k + i] = i < seen ? where.row(slot, i) : -1;
@@ -128,10 +128,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) last(
     int number, int chunks, int k, int per
 ) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
     const int first = threadIdx.x * EACH, slot = slots[blockIdx.y];
     const long long t = blockIdx.y;
     const int seen = slot >= 0 ? (positions[t] + 1) / 4 : 0;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
     if (seen <= max(k, CHUNK)) return;
     const int there = (seen + CHUNK - 1) / CHUNK * k;
     int at[EACH];

@@ -43,7 +43,7 @@ def select(q: Tensor, weights: Tensor, tokens: Tokens, memory: Memory, k: int, m
     _scores[(together, count)](
         q.contiguous(), weights, keys.data if packed else keys.data.view(torch.float8_e4m3fn), keys.scales, *where,
         scores, weights.stride(0), memory.table.shape[1], number, k, dim**-0.5 * heads**-0.5, heads,
-        max(16, power_of_two(heads)), dim, keys.per, KEYS, packed, PLAIN, **options(q, 4),
+        max(16, power_of_two(heads)), dim, keys.per, KEYS, packed, PLAIN, **options(q, 4, early=False),
     )  # fmt: skip
     return choose(scores, tokens, memory.table, keys.per, k)
 
@@ -99,11 +99,11 @@ def _scores(
     rh = tl.arange(0, HB)
     DATA: tl.constexpr = D // 2 if PACKED else D
     rd = tl.arange(0, DATA)
+    slot = tl.load(slots + t)
+    number = tl.where(slot >= 0, (tl.load(positions + t) + 1) // 4, 0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    slot = tl.load(slots + t)
-    number = tl.where(slot >= 0, (tl.load(positions + t) + 1) // 4, 0)
     if number > TOPK:
         w = tl.load(weights + t * WSTRIDE + rh, mask=rh < H, other=0.0).to(tl.float32)
         w = (w * SCALE).to(tl.bfloat16).to(tl.float32)

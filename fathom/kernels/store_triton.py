@@ -198,11 +198,11 @@ def _prepare(
     role = tl.program_id(0)
     b = tl.program_id(1)
     r = tl.arange(0, B)
+    slot = tl.load(slots + b)
+    position = tl.load(positions + b)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    slot = tl.load(slots + b)
-    position = tl.load(positions + b)
     turn = turns + b * ROPE
     if role == 0:
         if slot >= 0:
