@@ -1,16 +1,73 @@
-// The parts of a step's attention, summed up. Reference 2.6, 2.9; the launcher and the contract are in attend_cuda.py.
+// Attention of a step over stored rows. Reference 2.6, 2.9; the launcher and the contract are in attend_cuda.py.
 //
-// A block has 256 columns of one head of one token, a thread two of them, and few registers: what follows in a layer loads
-// its weights meanwhile, and needs the multiprocessors' room for it. Parts are summed in their order.
+// A cluster of eight blocks has 16 heads of one token: its rows, 32 at a time, go round among the blocks, whose results are
+// summed up through each other's shared memory. A token with more rows than LIMIT rounds has several clusters, and
+// `combine` sums theirs up. How rows are shared out depends on the token's position alone, and every sum has one order.
 //
-// C       columns of a head, a multiple of 256; the last ROPE are turned back
-// SPAN    tokens of the window, in blocks of ROWS; those before position 0 left no part
-// RATIO   tokens of an entry, 0: none; MOST_SPLITS of entries that are all looked at, CHOSEN: as many as there are
+// Rows are e4m3 with a scale for 64 columns, and BF16 in the last ROPE columns; they are multiplied as BF16, exactly what
+// they were stored from. Warps share out the rows and halves of the columns of Q K^T, then columns of P V.
+//
+// SPAN    tokens of the window, at their place in a slot's ring of RING rows
+// RATIO   tokens of an entry, 0: none; CHOSEN: entries stand in a list, else in the pages of PER, all that are closed
+// MOST    clusters of a token
 
+typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
+typedef long long i64;
 
-constexpr int THREADS = 128, WINDOWS = (SPAN + ROWS - 1) / ROWS, TOGETHER = 12, SLOTS = 2;  // of 32 parts each
+constexpr int C = 512, ROPE = 64, FRONT = C - ROPE, THREADS = 256, HEADS = 16, ROWS = 32, CLUSTER = 8, LIMIT = 3;
+constexpr int BYTES = FRONT + 2 * ROPE, PIECES = BYTES / 16, EACH = (ROWS * PIECES + THREADS - 1) / THREADS;
+constexpr int PITCH = C + 8, WIDE = ROWS + 2, NARROW = ROWS + 8;  // of rows in shared memory, apart in all banks
+constexpr int WINDOWS = (SPAN + ROWS - 1) / ROWS;
+constexpr float LOWEST = -1e38f;
+
+struct Shared {
+    u16 q[HEADS][PITCH];
+    union {  // of the same size: results take the place of rows
+        u16 k[ROWS][PITCH];
+        float out[HEADS][PITCH];
+    };
+    float logits[2][HEADS][WIDE];
+    u16 p[HEADS][NARROW];
+    float shrink[HEADS], top[HEADS], total[HEADS];
+};
+
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ u32 pair_of(float a, float b) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+    return r;
+}
+
+__device__ __forceinline__ u32 scaled(u32 pair, u32 power) {
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(pair), "r"(power), "r"(0x80008000u));
+    return r;
+}
+
+// Two e4m3 in the low half of a word as a pair of BF16: magnitudes moved to where BF16 has them, times the difference of
+// the biases, then their scale.
+__device__ __forceinline__ u32 bf2_of(u32 pair, u32 power) {
+    const u32 spread = __byte_perm(pair, 0, 0x1404);
+    return scaled(scaled((spread & 0x80008000u) | ((spread >> 4) & 0x07f007f0u), 0x7b807b80u), power);
+}
+
+__device__ __forceinline__ void tiles(u32 (&r)[4], const void* from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(from)));
+}
+
+__device__ __forceinline__ void turned_tiles(u32 (&r)[4], const void* from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(from)));
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 __device__ __forceinline__ float most_of(float v) {
     for (int d = 16; d; d >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, d));
@@ -22,64 +79,286 @@ __device__ __forceinline__ float sum_of(float v) {
     return v;
 }
 
-__device__ __forceinline__ u32 pair_of(float a, float b) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+// Which rows a token sees: blocks first .. last - 1, of which the first WINDOWS are the window's.
+struct Seen {
+    int slot, position, entries, first, last, clusters;
+
+    __device__ Seen(int slot, int position, int most) : slot(slot), position(position) {
+        entries = RATIO && slot >= 0 ? min((position + 1) / (RATIO ? RATIO : 1), most) : 0;
+        const int missing = SPAN - 1 - position;  // rows of the window before position 0
+        first = slot < 0 ? WINDOWS : missing > 0 ? missing / ROWS : 0;
+        last = WINDOWS + (entries + ROWS - 1) / ROWS;
+        clusters = min(MOST, max(1, (last - first + CLUSTER * LIMIT - 1) / (CLUSTER * LIMIT)));
+    }
+
+    // The place of row i of a block among the window's or the entries' rows; -1 for none.
+    __device__ int row(int block, int i, const int* chosen, const int* pages) const {
+        if (block < WINDOWS) {
+            const int at = position - SPAN + 1 + block * ROWS + i;
+            return at >= 0 && at <= position ? slot * RING + at % RING : -1;
+        }
+        const int at = (block - WINDOWS) * ROWS + i;
+        if (block >= last || at >= entries) return -1;
+        return CHOSEN ? chosen[at] : pages[at / PER] * PER + at % PER;
+    }
+};
+
+// Of one block of rows what a thread loads: 16 bytes of EACH rows with their scales.
+struct Pieces {
+    uint4 v[EACH];
+    u8 power[EACH];
+
+    __device__ __forceinline__ void load(const u8* data, const u8* scales, const int (&rows)[EACH]) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int piece = (threadIdx.x + e * THREADS) % PIECES;
+            v[e] = make_uint4(0, 0, 0, 0), power[e] = 127;
+            if (rows[e] < 0) continue;
+            v[e] = *(const uint4*)(data + (i64)rows[e] * BYTES + piece * 16);
+            if (piece < FRONT / 16) power[e] = scales[(i64)rows[e] * 8 + piece / 4];
+        }
+    }
+
+    __device__ __forceinline__ void store(u16 (&k)[ROWS][PITCH]) const {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int number = threadIdx.x + e * THREADS, row = number / PIECES, piece = number % PIECES;
+            if (row >= ROWS) continue;
+            if (piece >= FRONT / 16) {
+                *(uint4*)&k[row][FRONT + (piece - FRONT / 16) * 8] = v[e];
+                continue;
+            }
+            const u32 scale = (u32)power[e] << 7 | (u32)power[e] << 23, w[4] = {v[e].x, v[e].y, v[e].z, v[e].w};
+            u32 r[8];
+#pragma unroll
+            for (int i = 0; i < 4; i++) r[2 * i] = bf2_of(w[i], scale), r[2 * i + 1] = bf2_of(w[i] >> 16, scale);
+            *(uint4*)&k[row][piece * 16] = make_uint4(r[0], r[1], r[2], r[3]);
+            *(uint4*)&k[row][piece * 16 + 8] = make_uint4(r[4], r[5], r[6], r[7]);
+        }
+    }
+};
+
+// Logits of 16 heads and 32 rows: a warp has 8 rows and half of the columns.
+__device__ __forceinline__ void multiply(Shared& s) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = warp % 4 * 8, half = warp / 4;
+    float sum[2][4] = {};
+#pragma unroll
+    for (int c = half * (C / 2); c < (half + 1) * (C / 2); c += 32) {
+        u32 a[2][4], b[4];
+        tiles(b, &s.k[rows + lane % 8][c + lane / 8 * 8]);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            tiles(a[i], &s.q[lane % 16][c + i * 16 + lane / 16 * 8]);
+            mma(sum[i], a[i], b[2 * i], b[2 * i + 1]);
+        }
+    }
+    float* const to = &s.logits[half][lane / 4][rows + lane % 4 * 2];
+    *(float2*)to = make_float2(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1]);
+    *(float2*)(to + 8 * WIDE) = make_float2(sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
+}
+
+// The softmax so far: a warp has two heads, a lane a row of them.
+__device__ __forceinline__ void weigh(Shared& s, float (&top)[2], float (&total)[2], bool seen, float scale) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int h = warp * 2 + i;
+        const float logit = seen ? (s.logits[0][h][lane] + s.logits[1][h][lane]) * scale : LOWEST;
+        const float now = fmaxf(top[i], most_of(logit)), p = seen ? __expf(logit - now) : 0.0f;
+        const float shrink = __expf(top[i] - now);
+        total[i] = total[i] * shrink + sum_of(p), top[i] = now;
+        s.p[h][lane] = (u16)pair_of(p, 0);
+        if (lane == 0) s.shrink[h] = shrink;
+    }
+}
+
+// P V of 16 heads and 32 rows: a warp has 64 columns.
+__device__ __forceinline__ void gather(Shared& s, float (&acc)[8][4]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const float upper = s.shrink[lane / 4], lower = s.shrink[lane / 4 + 8];
+    u32 a[ROWS / 16][4];
+#pragma unroll
+    for (int r = 0; r < ROWS / 16; r++) tiles(a[r], &s.p[lane % 16][r * 16 + lane / 16 * 8]);
+#pragma unroll
+    for (int n = 0; n < 8; n++) acc[n][0] *= upper, acc[n][1] *= upper, acc[n][2] *= lower, acc[n][3] *= lower;
+#pragma unroll
+    for (int r = 0; r < ROWS / 16; r++)
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {
+            u32 b[4];
+            turned_tiles(b, &s.k[r * 16 + lane % 16][warp * 64 + n * 8 + lane / 16 * 8]);
+            mma(acc[n], a[r], b[0], b[1]), mma(acc[n + 1], a[r], b[2], b[3]);
+        }
+}
+
+__device__ __forceinline__ void meet() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// Something of shared memory as another block of the cluster has it.
+template <class T>
+__device__ __forceinline__ T of_block(const T* mine, int block) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(mine)), "r"(block));
+    T v;
+    if constexpr (sizeof(T) == 16)
+        asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                     : "=f"(((float*)&v)[0]), "=f"(((float*)&v)[1]), "=f"(((float*)&v)[2]), "=f"(((float*)&v)[3]) : "r"(there));
+    else
+        asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(((float*)&v)[0]) : "r"(there));
+    return v;
+}
+
+// Four neighbouring columns of a token's head, as they leave: BF16, the last ROPE turned back.
+__device__ __forceinline__ uint2 finished(const float4& v, int column, const float* turn) {
+    uint2 r = make_uint2(pair_of(v.x, v.y), pair_of(v.z, v.w));
+    if (column < FRONT) return r;
+    u32* const pairs = (u32*)&r;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float2 way = *(const float2*)(turn + column - FRONT + 2 * i);
+        const float a = __uint_as_float(pairs[i] << 16), b = __uint_as_float(pairs[i] & 0xffff0000u);
+        pairs[i] = pair_of(a * way.x + b * way.y, b * way.x - a * way.y);
+    }
     return r;
 }
 
-// The first part that a token has, and the one behind its last.
-__device__ __forceinline__ int2 parts_of(int position, int slot, int most) {
-    if (slot < 0) return make_int2(WINDOWS, WINDOWS);
-    const int missing = SPAN - 1 - position;  // rows of the window before position 0
-    const int entries = RATIO ? min((position + 1) / (RATIO ? RATIO : 1), most) : 0;
-    const int blocks = CHOSEN ? 1 : max((entries + ROWS * MOST_SPLITS - 1) / (ROWS * MOST_SPLITS), 1);
-    return make_int2(missing > 0 ? missing / ROWS : 0, WINDOWS + (entries + blocks * ROWS - 1) / (blocks * ROWS));
-}
+// The sum over the cluster's blocks: a block has 64 columns, a thread four of one head.
+struct Sum {
+    float4 v;
+    float top, total;
 
-// parts float32 [T, all, H, C] with their sums [T, all, H, 2]: the largest logit and the sum; sink [H]; turn [T, ROPE].
-extern "C" __global__ void __launch_bounds__(THREADS) combine(
-    const float* parts, const float* sums, const float* sink, const float* turn, const int* slots, const int* positions,
-    u32* out, int heads, int all, int most
-) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    const int h = blockIdx.x / (C / 256), lane = threadIdx.x % 32, column = blockIdx.x % (C / 256) * 256 + threadIdx.x * 2;
-    const long long t = blockIdx.y;
-    const float bar = sink[h];
-    const int2 has = parts_of(positions[t], slots[t], most);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    const float* from = parts + ((t * all + has.x) * heads + h) * C + column;
-    float2 own[SLOTS];
-    float top = bar, share[SLOTS], total = 0;
+    __device__ __forceinline__ Sum(Shared& s, int rank, float bar) : v(make_float4(0, 0, 0, 0)), top(bar), total(0) {
+        const int h = threadIdx.x / 16, column = rank * 64 + threadIdx.x % 16 * 4;
+        float4 part[CLUSTER];
+        float tops[CLUSTER], totals[CLUSTER];
 #pragma unroll
-    for (int i = 0; i < SLOTS; i++) {
-        const int s = has.x + i * 32 + lane;
-        own[i] = s < has.y ? *(const float2*)(sums + ((t * all + s) * heads + h) * 2) : make_float2(-1e38f, 0);
-        top = fmaxf(top, own[i].x);
-    }
-    top = most_of(top);
+        for (int b = 0; b < CLUSTER; b++) {
+            tops[b] = of_block(&s.top[h], b), totals[b] = of_block(&s.total[h], b);
+            part[b] = of_block((const float4*)&s.out[h][column], b);
+        }
 #pragma unroll
-    for (int i = 0; i < SLOTS; i++) share[i] = __expf(own[i].x - top), total += own[i].y * share[i];
-    total = sum_of(total) + __expf(bar - top);
-    const int count = has.y - has.x;
-    float2 sum = make_float2(0, 0);
-    for (int first = 0; first < count; first += TOGETHER) {
-        float2 part[TOGETHER];
+        for (int b = 0; b < CLUSTER; b++) top = fmaxf(top, tops[b]);
 #pragma unroll
-        for (int i = 0; i < TOGETHER; i++)
-            part[i] = first + i < count ? *(const float2*)(from + (long long)(first + i) * heads * C) : make_float2(0, 0);
-#pragma unroll
-        for (int i = 0; i < TOGETHER; i++) {
-            const int s = first + i;
-            const float weight = __shfl_sync(~0u, s < 32 ? share[0] : share[1], s % 32);
-            sum.x += weight * part[i].x, sum.y += weight * part[i].y;
+        for (int b = 0; b < CLUSTER; b++) {
+            const float share = __expf(tops[b] - top);
+            total += totals[b] * share;
+            v.x += part[b].x * share, v.y += part[b].y * share, v.z += part[b].z * share, v.w += part[b].w * share;
         }
     }
-    u32 pair = pair_of(__fdividef(sum.x, total), __fdividef(sum.y, total));
-    if (column >= C - ROPE) {
-        const float2 way = *(const float2*)(turn + t * ROPE + column - (C - ROPE));
-        const float a = __uint_as_float(pair << 16), b = __uint_as_float(pair & 0xffff0000u);
-        pair = pair_of(a * way.x + b * way.y, b * way.x - a * way.y);
+};
+
+__device__ __forceinline__ float4 over(const float4& v, float total) {
+    return make_float4(__fdividef(v.x, total), __fdividef(v.y, total), __fdividef(v.z, total), __fdividef(v.w, total));
+}
+
+// q and out BF16 [T, H, C]; parts float32 [T, MOST, H, C] with sums [T, MOST, H, 2] of clusters that are not alone.
+extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) attend(
+    const u16* q, const u8* window, const u8* window_scales, const u8* held, const u8* held_scales, const int* chosen,
+    const int* table, const int* slots, const int* positions, const float* sink, const float* turn, u16* out, float* parts,
+    float* sums, int heads, int most, int pages, float scale
+) {
+    extern __shared__ __align__(16) u8 memory[];
+    Shared& s = *(Shared*)memory;
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % CLUSTER;
+    const int cluster = blockIdx.x / CLUSTER % MOST, h0 = blockIdx.x / (CLUSTER * MOST) * HEADS;
+    const i64 t = blockIdx.y;
+    const Seen seen(slots[t], positions[t], most);
+    const int* const list = CHOSEN ? chosen + t * most : nullptr;
+    const int* const own_pages = CHOSEN ? nullptr : table + (i64)max(seen.slot, 0) * pages;
+    const int step = CLUSTER * seen.clusters;
+    int block = cluster < seen.clusters ? seen.first + cluster * CLUSTER + rank : seen.last;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (cluster >= seen.clusters) return;  // with all of the cluster
+    int rows[EACH];
+    const auto find = [&](int block) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int i = (threadIdx.x + e * THREADS) / PIECES;
+            rows[e] = i < ROWS && block < seen.last ? seen.row(block, i, list, own_pages) : -1;
+        }
+    };
+    Pieces pieces;
+    const auto load = [&](int block) {
+        pieces.load(block < WINDOWS ? window : held, block < WINDOWS ? window_scales : held_scales, rows);
+    };
+    find(block);
+    for (int i = threadIdx.x; i < HEADS * C / 8; i += THREADS) {
+        const int h = i / (C / 8), column = i % (C / 8) * 8;
+        *(uint4*)&s.q[h][column] =
+            h0 + h < heads ? *(const uint4*)(q + (t * heads + h0 + h) * C + column) : make_uint4(0, 0, 0, 0);
     }
-    out[((t * heads + h) * C + column) / 2] = pair;
+    load(block);
+    find(block + step);
+    float acc[8][4] = {}, top[2] = {LOWEST, LOWEST}, total[2] = {};
+    for (; block < seen.last; block += step) {
+        pieces.store(s.k);
+        load(block + step);
+        find(block + 2 * step);
+        __syncthreads();
+        multiply(s);
+        __syncthreads();
+        const int at = (block - WINDOWS) * ROWS + lane;  // an entry, or before them a row of the window
+        const bool there = block < WINDOWS ? at + WINDOWS * ROWS < SPAN && seen.position - SPAN + 1 + at + WINDOWS * ROWS >= 0
+                                           : at < seen.entries;
+        weigh(s, top, total, there, scale);
+        __syncthreads();
+        gather(s, acc);
+        __syncthreads();
+    }
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        float* const to = &s.out[lane / 4][warp * 64 + n * 8 + lane % 4 * 2];
+        *(float2*)to = make_float2(acc[n][0], acc[n][1]), *(float2*)(to + 8 * PITCH) = make_float2(acc[n][2], acc[n][3]);
+    }
+    if (lane < 2) s.top[warp * 2 + lane] = lane ? top[1] : top[0], s.total[warp * 2 + lane] = lane ? total[1] : total[0];
+    meet();
+    const int h = h0 + threadIdx.x / 16, column = rank * 64 + threadIdx.x % 16 * 4;
+    const bool alone = seen.clusters == 1;
+    const float bar = alone && h < heads ? sink[h] : LOWEST;
+    const Sum sum(s, rank, bar);
+    meet();  // a block's memory is its own again only when all have read it
+    if (h >= heads) return;
+    if (alone) {
+        *(uint2*)(out + (t * heads + h) * C + column) =
+            finished(over(sum.v, sum.total + __expf(bar - sum.top)), column, turn + t * ROPE);
+        return;
+    }
+    const i64 place = (t * MOST + cluster) * heads + h;
+    *(float4*)(parts + place * C + column) = sum.v;
+    if (rank == 0 && threadIdx.x % 16 == 0) *(float2*)(sums + place * 2) = make_float2(sum.top, sum.total);
+}
+
+// The sum over a token's clusters, if it has several: a block has one head, a thread four columns.
+extern "C" __global__ void __launch_bounds__(C / 4) combine(
+    const float* parts, const float* sums, const float* sink, const float* turn, const int* slots, const int* positions,
+    u16* out, int heads, int most
+) {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    const int h = blockIdx.x, column = threadIdx.x * 4;
+    const i64 t = blockIdx.y;
+    const Seen seen(slots[t], positions[t], most);
+    const float bar = sink[h];
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (seen.clusters == 1) return;
+    float2 own[MOST];
+    float4 part[MOST], sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
+        const i64 place = (t * MOST + i) * heads + h;
+        own[i] = make_float2(LOWEST, 0), part[i] = sum;
+        if (i < seen.clusters) own[i] = *(const float2*)(sums + place * 2), part[i] = *(const float4*)(parts + place * C + column);
+    }
+    float top = bar;
+#pragma unroll
+    for (int i = 0; i < MOST; i++) top = fmaxf(top, own[i].x);
+    float total = __expf(bar - top);
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
+        const float share = __expf(own[i].x - top);
+        total += own[i].y * share;
+        sum.x += part[i].x * share, sum.y += part[i].y * share, sum.z += part[i].z * share, sum.w += part[i].w * share;
+    }
+    *(uint2*)(out + (t * heads + h) * C + column) = finished(over(sum, total), column, turn + t * ROPE);
 }

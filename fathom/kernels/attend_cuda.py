@@ -1,40 +1,64 @@
-"""The second launch of a step's attention on Hopper: the launcher of attend.cu. Reference 2.6, 2.9.
+"""Attention of a decode step on Hopper: the launcher of attend.cu. Reference 2.6, 2.9.
 
-The same sum as that of `attend_triton`, which has the contract and calls this where it can.
+The torch reference is `decode.attend`; other shapes go to `attend_triton`, which calls this where it can. A token's
+bits depend neither on the batch nor on the longest sequence that is allowed.
 """
 
 from __future__ import annotations
 
 import ctypes
 
+import torch
 from torch import Tensor
 
 from fathom.kernels.cuda import compiles, kernel
-from fathom.kernels.decode import Tokens
+from fathom.kernels.decode import Memory, Tokens
 
-_COLUMNS, _THREADS, _MOST_PARTS = 256, 128, 64
-
-
-def has(parts: Tensor, rope: int) -> bool:
-    """Whether this device and these shapes have the kernel; parts [T, parts, H, C]."""
-    count, width = parts.shape[1], parts.shape[3]
-    return width % _COLUMNS == 0 and rope % 2 == 0 and count <= _MOST_PARTS and compiles(parts.device)
+_WIDTH, _ROPE, _HEADS, _THREADS = 512, 64, 16, 256
+_ROWS, _CLUSTER, _LIMIT, _MOST = 32, 8, 3, 8
+"""Rows of a block at a time, blocks of a cluster, rounds of them before a token has a second cluster, of 8 at most."""
+_SHARED = 2 * (_HEADS + _ROWS) * (_WIDTH + 8) + _HEADS * (8 * (_ROWS + 2) + 2 * (_ROWS + 8) + 12)
 
 
-def combine(
-    parts: Tensor, sums: Tensor, sink: Tensor, tokens: Tokens, out: Tensor, number: int, *, rope: int, span: int,
-    ratio: int, rows: int, splits: int, chosen: bool,
-) -> None:  # fmt: skip
-    """parts float32 [T, n, H, C] over blocks of `rows`, their largest logits and sums [T, n, H, 2] -> out BF16 [T, H, C].
+def has(q: Tensor, memory: Memory) -> bool:
+    """Whether this device and these shapes have the kernel."""
+    fits = q.dtype == torch.bfloat16 and q.shape[2] == _WIDTH and memory.window.rope == _ROPE and len(q) > 0
+    return fits and compiles(q.device)
 
-    number: entries at most, in `splits`; chosen: as many as are chosen.
-    """
-    count, all_parts, heads, width = parts.shape
-    run = kernel(
-        "attend.cu", "combine", parts.device, C=width, ROPE=rope, SPAN=span, RATIO=ratio, ROWS=rows, MOST_SPLITS=splits,
-        CHOSEN=int(chosen),
-    )  # fmt: skip
-    tensors = (parts, sums, sink, tokens.turn(ratio), tokens.slots, tokens.positions, out)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
-    numbers = [ctypes.c_int(n) for n in (heads, all_parts, number)]
-    run((heads * (width // _COLUMNS), count), _THREADS, parts.device, *pointers, *numbers, early=False)
+
+def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, chosen: Tensor | None = None) -> Tensor:
+    """`decode.attend`."""
+    count, heads, width = q.shape
+    number = chosen.shape[1] if chosen is not None else most // memory.ratio if memory.ratio else 0
+    clusters = _clusters(memory.span, number)
+    out = torch.empty((count, heads, width), dtype=q.dtype, device=q.device)
+    parts, sums = (
+        torch.empty((count, clusters, heads, n) if clusters > 1 else 0, dtype=torch.float32, device=q.device)
+        for n in (width, 2)
+    )
+    held = memory.window if memory.entries is None else memory.entries
+    sizes = {"SPAN": memory.span, "RING": memory.window.per, "RATIO": memory.ratio, "PER": held.per, "MOST": clusters}
+    sizes["CHOSEN"] = int(chosen is not None)
+    where, turn = (tokens.slots, tokens.positions), tokens.turn(memory.ratio)
+    tensors = (q.contiguous(), *memory.window.planes, *held.planes, chosen, memory.table, *where, sink, turn)
+    numbers = ctypes.c_int(heads), ctypes.c_int(number)
+    run = kernel("attend.cu", "attend", q.device, _SHARED, **sizes)
+    grid = _CLUSTER * clusters * -(-heads // _HEADS), count
+    pointers = map(_pointer, (*tensors, out, parts, sums))
+    more = ctypes.c_int(memory.table.shape[1]), ctypes.c_float(width**-0.5)
+    run(grid, _THREADS, q.device, *pointers, *numbers, *more)
+    if clusters > 1:
+        run = kernel("attend.cu", "combine", q.device, **sizes)
+        pointers = map(_pointer, (parts, sums, sink, turn, *where, out))
+        run((heads, count), width // 4, q.device, *pointers, *numbers, early=False)
+    return out
+
+
+def _clusters(span: int, number: int) -> int:
+    """Of the longest sequence."""
+    blocks = -(-span // _ROWS) + -(-number // _ROWS)
+    return max(1, min(_MOST, -(-blocks // (_CLUSTER * _LIMIT))))
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -34,6 +34,8 @@ _COLUMNS = 128
 
 def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, chosen: Tensor | None = None) -> Any:
     """`decode.attend`; NotImplemented for other types than BF16 and for fronts that are no multiple of 64."""
+    if attend_cuda.has(q, memory):
+        return attend_cuda.attend(q, sink, tokens, memory, most, chosen)
     count, heads, width = q.shape
     rope = memory.window.rope
     if q.dtype != torch.bfloat16 or (width - rope) % BLOCK or _COLUMNS % rope or width % rope:
@@ -51,12 +53,6 @@ def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, c
         SPLITS, _HEADS, chosen is not None, PLAIN, not PLAIN and torch.cuda.get_device_capability(q.device)[0] >= 9,
         **options(q, 4),
     )  # fmt: skip
-    if attend_cuda.has(parts, rope):
-        attend_cuda.combine(
-            parts, sums, sink, tokens, out, number, rope=rope, span=memory.span, ratio=ratio, rows=ROWS, splits=SPLITS,
-            chosen=chosen is not None,
-        )  # fmt: skip
-        return out
     _combine[(triton.cdiv(width, _COLUMNS), heads, count)](
         parts, sums, sink, tokens.turn(ratio), tokens.slots, tokens.positions, out, heads, windows + splits, number,
         width, rope, memory.span, ratio, ROWS, SPLITS, _padded(windows, chosen), chosen is not None, _COLUMNS,

@@ -1,15 +1,15 @@
 // FP4 experts for the few tokens of a step, on Hopper's FP8 tensor cores. Reference 2.10 and 4; the launcher and the
 // contract are in experts_cuda.py.
 //
-// A block has TILES of 64 rows of one expert and all the pairs (token, expert) that chose it, eight at a time: weights are the
-// rows of the products, pairs their columns. FP4 becomes e4m3 by table (exactly; 7 operations for 8 weights), activations
-// are e4m3 already (gate and up) or become it here (down). A product sums 32 columns, which is one scale of a row; scales are applied to its result, so what the
-// tensor cores round is far below float32's use. A pair's result does not know what else is in the batch.
+// A block has TILES of 64 rows of one expert and all the pairs (token, expert) that chose it, eight at a time: weights
+// are the rows of the products, pairs their columns. FP4 becomes e4m3 by table (exactly; 7 operations for 8 weights),
+// activations are e4m3 already (gate and up) or become it here (down). A product sums 32 columns, which is one scale of a
+// row; scales are applied to its result, so what the tensor cores round is far below float32's use. A pair's result does
+// not know what else is in the batch.
 //
 // K       columns; a multiple of 128
 // TILES   of 64 rows that a block has, one after the other
 // STAGES  pieces of 256 columns that a warp has room for: whole lines of the cache, one of them in use
-// SIDES   2: two groups of four warps have half of the columns each; 1: one group has all
 // UP      1: gate and up rows, joined by SwiGLU (BF16 [P, N]); 0: down (float32 [P, N])
 // TOP     experts a token
 
@@ -18,7 +18,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int THREADS = 128 * SIDES, CHUNKS = K / 128, HALF = (CHUNKS + 3) / 4 * 2, PAIRS = 8, MOST = 512;
+constexpr int THREADS = 128, CHUNKS = K / 128, PAIRS = 8, MOST = 512;
 constexpr int SLOT = 2048, SCALES = K / 32 + 16;  // bytes of a piece of 16 rows; of a row's scales, apart in all banks
 
 template <int BYTES>
@@ -190,16 +190,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     extern __shared__ __align__(128) u8 memory[];
     u8* const xs = memory;                                               // [K / 16, PAIRS, 16]
     u8* const powers = xs + PAIRS * K;                                   // [TILES, 64, SCALES]
-    u8* const ring = powers + TILES * 64 * SCALES;                       // [warps, STAGES, 16, 128]
+    u8* const ring = powers + TILES * 64 * SCALES;                       // [4 warps, STAGES, 16, 128]
     __shared__ float factors[PAIRS * CHUNKS];
-    __shared__ float4 halves[SIDES == 2 ? 128 : 1];
     __shared__ int list[MOST];
     asm volatile("griddepcontrol.wait;" ::: "memory");
     // In this order: what runs beside gate and up (EARLY in linear.cu) reads what was complete when they began.
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    const int own = blockIdx.y, every = __shfl_sync(~0u, threadIdx.x / 32, 0), warp = every % 4, side = every / 4;
-    const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
-    const int start = side * HALF, end = SIDES == 2 && side == 0 ? min(HALF, CHUNKS) : CHUNKS;
+    const int own = blockIdx.y, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const int g = lane / 4, j = lane % 4;
     const int count = company(chosen, total, own, list);
     if (!count) return;
     // A warp has 16 rows: gate rows stand beside their up rows, half of the matrix further.
@@ -207,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     const long long top = (long long)chosen[own] * (UP ? 2 * rows : rows) + blockIdx.x * TILES * ROWS;
     const int far = UP ? rows : 8;
     // Eight lanes copy 128 bytes of a row; 16 bytes stand at their number exclusive-or the row's.
-    u8* const mine = ring + every * STAGES * SLOT;
+    u8* const mine = ring + warp * STAGES * SLOT;
     const int to = lane / 8 * 128 + (lane % 8 ^ lane / 8) * 16;
     int at[2][4];
 #pragma unroll
@@ -218,8 +216,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     for (int i = 0; i < TILES; i++) copy_scales(powers + i * 64 * SCALES, exponents, top + i * ROWS, far);
     for (int first = 0; first < count; first += PAIRS) {
         const int now = min(PAIRS, count - first);
-        const u8* near = weights + (top + warp * (UP ? 8 : 16) + lane / 8) * (K / 2) + start * 64 + lane % 8 * 16;
-        int ahead = start, tile = start < end ? 0 : TILES;  // the chunk that is loaded next
+        const u8* near = weights + (top + warp * (UP ? 8 : 16) + lane / 8) * (K / 2) + lane % 8 * 16;
+        int ahead = 0, tile = 0;  // the chunk that is loaded next
         const auto load = [&](u8* slot) {
             if (tile < TILES && (CHUNKS % 2 == 0 || ahead + lane % 8 / 4 < CHUNKS)) {
                 const u8* away = near + (long long)far * (K / 2);
@@ -227,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
                 copy<16>(slot + to + 1024, away), copy<16>(slot + (to ^ 64) + 1536, away + 2 * K);
             }
             near += 128, ahead += 2;
-            if (ahead >= end) near += ROWS * (K / 2) - (ahead - start) * 64, ahead = start, tile++;
+            if (ahead >= CHUNKS) near += ROWS * (K / 2) - ahead * 64, ahead = 0, tile++;
             commit();
         };
 #pragma unroll
@@ -239,12 +237,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
         unpacked(a[0], mine, at[0], table);
         u8 *slot = mine, *free = mine + (STAGES - 1) * SLOT;
         for (int n = 0; n < TILES; n++) {
-            float sum[4] = {}, first_half[4] = {};
+            float sum[4] = {};
             const u8* const power = powers + (n * 64 + warp * 16 + g) * SCALES;
-            for (int begin = start; begin < end; begin += 2) {
-                if (SIDES == 1 && begin == HALF)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) first_half[i] = sum[i], sum[i] = 0;
+            for (int begin = 0; begin < CHUNKS; begin += 2) {
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     const int chunk = begin + c;
@@ -283,16 +278,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
                     }
                 }
             }
-            if (SIDES == 2) {
-                if (side) halves[threadIdx.x - 128] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-                __syncthreads();
-                const float4 other = halves[threadIdx.x % 128];
-                if (TILES > 1 && n + 1 < TILES) __syncthreads();
-                if (side) continue;
-                sum[0] += other.x, sum[1] += other.y, sum[2] += other.z, sum[3] += other.w;
-            } else if (CHUNKS > HALF)
-#pragma unroll
-                for (int i = 0; i < 4; i++) sum[i] = first_half[i] + sum[i];
             write(sum, list + first, now, shares, out, rows, (blockIdx.x * TILES + n) * ROWS + warp * ROWS / 4 + g, limit);
         }
         asm volatile("cp.async.wait_group 0;" ::: "memory");

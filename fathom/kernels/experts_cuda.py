@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,25 +24,22 @@ MOST_PAIRS = 512
 """Pairs of a token and an expert that a block can look through."""
 _TOGETHER = 8
 """Pairs of an expert that are multiplied at once."""
-_FEW_PAIRS, _SOME_PAIRS = 12, 64
-"""Up to so many pairs, columns in two halves side by side; up to so many, more blocks instead of longer ones."""
+_FEW_PAIRS = 64
+"""Up to so many pairs, more blocks are better than longer ones."""
 
 
 class Shape(NamedTuple):
-    """Tiles of 64 rows in a block, stages of its rings, and groups of warps that share its columns: no bit of it."""
+    """Tiles of 64 rows in a block and stages of its rings: no bit of a result."""
 
     tiles: int
     stages: int
-    sides: int
 
 
 def shape(pairs: int, up: bool) -> Shape:
-    """What measured best."""
+    """What measured best on an H200."""
     if pairs <= _FEW_PAIRS:
-        return Shape(1, 3, 2)
-    if pairs <= _SOME_PAIRS:
-        return Shape(2, 4, 1)
-    return Shape(2 if up else 4, 4, 1)
+        return Shape(1 if up else 2, 3)
+    return Shape(2 if up else 4, 4)
 
 
 def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:
@@ -102,9 +99,9 @@ def _run(tensors: tuple[Tensor, ...], rows: int, tiles: int, limit: float, form:
     """tensors: as the kernel names them; rows: of a result; tiles: of 64 rows of an expert."""
     x, chosen = tensors[2], tensors[4]
     columns, pairs, each = x.shape[1], chosen.numel(), math.gcd(tiles, form.tiles)
-    shared = _TOGETHER * columns + each * 64 * (columns // 32 + 16) + 4 * form.sides * form.stages * 2048
-    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "SIDES": form.sides, "UP": int(up)}
+    shared = _TOGETHER * columns + each * 64 * (columns // 32 + 16) + 4 * form.stages * 2048
+    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "UP": int(up)}
     run = kernel("experts.cu", "experts", x.device, shared, **sizes, TOP=chosen.shape[1])
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     numbers = ctypes.c_int(pairs), ctypes.c_int(rows), ctypes.c_float(limit)
-    run((tiles // each, pairs), 128 * form.sides, x.device, *pointers, *numbers)
+    run((tiles // each, pairs), 128, x.device, *pointers, *numbers)

@@ -30,14 +30,6 @@ struct Parts { Part of[PARTS]; };
 enum { QUANTISED, EIGHT, SIXTEEN };  // e4m3 times quantised x; e4m3 times BF16; BF16 times BF16
 enum { PLAIN, NORMALISED, GATED };   // x; its RMS norm; SwiGLU of x = [gate, up], which `few` rounds itself
 
-// What a multiprocessor has room for: all of its registers, or, where that costs nothing, an eighth less, for the small
-// kernel before this one, which would else keep blocks from loading their weights.
-#if NT == 1
-#define BOUNDS __maxnreg__(112)
-#else
-#define BOUNDS __launch_bounds__(THREADS, FIT)
-#endif
-
 constexpr int THREADS = WARPS * 32, OWN = K / WARPS, GROUPS = OWN / 128, TOKENS = NT * 8;
 
 __device__ __forceinline__ uint4 fetch(const u8* p) {
@@ -238,7 +230,7 @@ __device__ __forceinline__ void gate(u8* to, int pitch, float* scales, const u16
     __syncthreads();
 }
 
-extern "C" __global__ void BOUNDS few(
+extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
     const __grid_constant__ Parts parts, const u16* x, const u8* quantised, const float* scales, float number, int total,
     int stride, int per_group
 ) {
