@@ -14,10 +14,14 @@ from torch import Tensor
 from fathom.kernels.cuda import compiles, kernel
 from fathom.kernels.decode import Memory, Tokens
 
-_WIDTH, _ROPE, _HEADS, _THREADS = 512, 64, 16, 256
-_ROWS, _CLUSTER, _LIMIT, _MOST = 32, 8, 3, 8
+_WIDTH, _ROPE, _HEADS, _THREADS = 512, 64, 32, 256
+_ROWS, _CLUSTER, _LIMIT, _MOST = 96, 8, 2, 8
 """Rows of a block at a time, blocks of a cluster, rounds of them before a token has a second cluster, of 8 at most."""
-_SHARED = 2 * (_HEADS + _ROWS) * (_WIDTH + 8) + _HEADS * (8 * (_ROWS + 2) + 2 * (_ROWS + 8) + 12)
+_SHARED = sum((
+    2 * (_HEADS + _ROWS) * (_WIDTH + 8),  # queries, rows as BF16
+    _ROWS * (_WIDTH + _ROPE + 8 + 4),  # rows as they are stored, with their scales and places
+    _HEADS * (8 * (_ROWS + 2) + 2 * (_ROWS + 8) + 12),  # logits, probabilities, their sums
+))  # fmt: skip
 
 
 def has(q: Tensor, memory: Memory) -> bool:
