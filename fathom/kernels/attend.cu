@@ -1,11 +1,11 @@
 // Attention of a step over stored rows. Reference 2.6, 2.9; the launcher and the contract are in attend_cuda.py.
 //
-// A cluster of eight blocks has 32 heads of one token: its rows, 96 at a time, go round among the blocks, whose results are
+// A cluster of eight blocks has 16 heads of one token: its rows, 32 at a time, go round among the blocks, whose results are
 // summed up through each other's shared memory. A token with more rows than LIMIT rounds has several clusters, and
 // `combine` sums theirs up. How rows are shared out depends on the token's position alone, and every sum has one order.
 //
 // Rows are e4m3 with a scale for 64 columns, and BF16 in the last ROPE columns; they are multiplied as BF16, exactly what
-// they were stored from. Warps share out the rows and halves of the columns of Q K^T, then columns of P V.
+// they were stored from. Warps share out the rows and quarters of the columns of Q K^T, then columns of P V.
 //
 // SPAN    tokens of the window, at their place in a slot's ring of RING rows
 // RATIO   tokens of an entry, 0: none; CHOSEN: entries stand in a list, else in the pages of PER, all that are closed
@@ -16,23 +16,23 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
 
-constexpr int C = 512, ROPE = 64, FRONT = C - ROPE, THREADS = 256, HEADS = 32, ROWS = 96, CLUSTER = 8, LIMIT = 2;
-constexpr int BYTES = FRONT + 2 * ROPE, PIECES = BYTES / 16, SCALES = 8;  // of a stored row
+constexpr int C = 512, ROPE = 64, FRONT = C - ROPE, THREADS = 512, HEADS = 16, ROWS = 32, CLUSTER = 8, LIMIT = 3;
+constexpr int BYTES = FRONT + 2 * ROPE, PIECES = BYTES / 16, EACH = (ROWS * PIECES + THREADS - 1) / THREADS;
 constexpr int PITCH = C + 8, WIDE = ROWS + 2, NARROW = ROWS + 8;  // of rows in shared memory, apart in all banks
-constexpr int WINDOWS = (SPAN + ROWS - 1) / ROWS, TILES = HEADS / 16, GROUPS = ROWS / 32;
+constexpr int QUARTERS = 4, OWN = C / (THREADS / 32);  // of the columns: of logits; a warp's of the result
+constexpr int WINDOWS = (SPAN + ROWS - 1) / ROWS;
 constexpr float LOWEST = -1e38f;
 
 struct Shared {
     u16 q[HEADS][PITCH];
-    union {  // results take the place of rows
+    union {  // of the same size: results take the place of rows
         u16 k[ROWS][PITCH];
         float out[HEADS][PITCH];
     };
-    u8 raw[ROWS][BYTES], scales[ROWS][SCALES];
-    float logits[2][HEADS][WIDE];
+    float logits[QUARTERS][HEADS][WIDE];
     u16 p[HEADS][NARROW];
-    float shrink[HEADS], top[HEADS], total[HEADS];
-    int rows[ROWS];
+    float shrink[HEADS];
+    float2 sums[HEADS];  // largest logit, sum
 };
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -93,12 +93,6 @@ struct Seen {
         clusters = min(MOST, max(1, (last - first + CLUSTER * LIMIT - 1) / (CLUSTER * LIMIT)));
     }
 
-    // Rows of a block, in whole groups of 32.
-    __device__ int count(int block) const {
-        const int left = block < WINDOWS ? SPAN - block * ROWS : entries - (block - WINDOWS) * ROWS;
-        return min(ROWS, (left + 31) / 32 * 32);
-    }
-
     // The place of row i of a block among the window's or the entries' rows; -1 for none.
     __device__ int row(int block, int i, const int* chosen, const int* pages) const {
         if (block < WINDOWS) {
@@ -106,132 +100,97 @@ struct Seen {
             return at >= 0 && at <= position ? slot * RING + at % RING : -1;
         }
         const int at = (block - WINDOWS) * ROWS + i;
-        if (at >= entries) return -1;
+        if (block >= last || at >= entries) return -1;
         return CHOSEN ? chosen[at] : pages[at / PER] * PER + at % PER;
     }
 };
 
-template <int SIZE>
-__device__ __forceinline__ void copy(void* to, const void* from, bool real) {
-    if constexpr (SIZE == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(address(to)), "l"(from), "r"(real ? 16 : 0) : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" :: "r"(address(to)), "l"(from), "r"(real ? 8 : 0) : "memory");
-}
+// Of one block of rows what a thread loads: 16 bytes of EACH rows with their scales.
+struct Pieces {
+    uint4 v[EACH];
+    u8 power[EACH];
 
-// Stored rows into shared memory as they are, zeros where there is none.
-__device__ __forceinline__ void fetch(Shared& s, const u8* data, const u8* scales, int count) {
-    for (int n = threadIdx.x; n < count * PIECES; n += THREADS) {
-        const int i = n / PIECES, piece = n % PIECES, row = s.rows[i];
-        copy<16>(&s.raw[i][piece * 16], data + (i64)max(row, 0) * BYTES + piece * 16, row >= 0);
-    }
-    if (threadIdx.x < count) {
-        const int row = s.rows[threadIdx.x];
-        copy<8>(s.scales[threadIdx.x], scales + (i64)max(row, 0) * SCALES, row >= 0);
-    }
-}
-
-// The same as BF16.
-__device__ __forceinline__ void widen(Shared& s, int count) {
-    for (int n = threadIdx.x; n < count * PIECES; n += THREADS) {
-        const int i = n / PIECES, piece = n % PIECES;
-        const uint4 v = *(const uint4*)&s.raw[i][piece * 16];
-        if (piece >= FRONT / 16) {
-            *(uint4*)&s.k[i][FRONT + (piece - FRONT / 16) * 8] = v;
-            continue;
-        }
-        const u32 power = s.scales[i][piece / 4], scale = power << 7 | power << 23, w[4] = {v.x, v.y, v.z, v.w};
-        u32 r[8];
+    __device__ __forceinline__ void load(const u8* data, const u8* scales, const int (&rows)[EACH]) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) r[2 * e] = bf2_of(w[e], scale), r[2 * e + 1] = bf2_of(w[e] >> 16, scale);
-        *(uint4*)&s.k[i][piece * 16] = make_uint4(r[0], r[1], r[2], r[3]);
-        *(uint4*)&s.k[i][piece * 16 + 8] = make_uint4(r[4], r[5], r[6], r[7]);
-    }
-}
-
-// Logits of a block's heads and rows: a warp has 8 rows of each group and half of the columns.
-__device__ __forceinline__ void multiply(Shared& s, int groups) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp % 4 * 8, half = warp / 4;
-    float sum[GROUPS][TILES][4] = {};
-#pragma unroll 2
-    for (int c = half * (C / 2); c < (half + 1) * (C / 2); c += 32) {
-        u32 a[TILES][2][4];
-#pragma unroll
-        for (int m = 0; m < TILES; m++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) tiles(a[m][i], &s.q[m * 16 + lane % 16][c + i * 16 + lane / 16 * 8]);
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            if (g >= groups) break;
-            u32 b[4];
-            tiles(b, &s.k[g * 32 + row + lane % 8][c + lane / 8 * 8]);
-#pragma unroll
-            for (int m = 0; m < TILES; m++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) mma(sum[g][m], a[m][i], b[2 * i], b[2 * i + 1]);
+        for (int e = 0; e < EACH; e++) {
+            const int piece = (threadIdx.x + e * THREADS) % PIECES;
+            v[e] = make_uint4(0, 0, 0, 0), power[e] = 127;
+            if (rows[e] < 0) continue;
+            v[e] = *(const uint4*)(data + (i64)rows[e] * BYTES + piece * 16);
+            if (piece < FRONT / 16) power[e] = scales[(i64)rows[e] * 8 + piece / 4];
         }
     }
+
+    __device__ __forceinline__ void store(u16 (&k)[ROWS][PITCH]) const {
 #pragma unroll
-    for (int g = 0; g < GROUPS; g++)
+        for (int e = 0; e < EACH; e++) {
+            const int number = threadIdx.x + e * THREADS, row = number / PIECES, piece = number % PIECES;
+            if (row >= ROWS) continue;
+            if (piece >= FRONT / 16) {
+                *(uint4*)&k[row][FRONT + (piece - FRONT / 16) * 8] = v[e];
+                continue;
+            }
+            const u32 scale = (u32)power[e] << 7 | (u32)power[e] << 23, w[4] = {v[e].x, v[e].y, v[e].z, v[e].w};
+            u32 r[8];
 #pragma unroll
-        for (int m = 0; m < TILES; m++) {
-            float* const to = &s.logits[half][m * 16 + lane / 4][g * 32 + row + lane % 4 * 2];
-            *(float2*)to = make_float2(sum[g][m][0], sum[g][m][1]);
-            *(float2*)(to + 8 * WIDE) = make_float2(sum[g][m][2], sum[g][m][3]);
+            for (int i = 0; i < 4; i++) r[2 * i] = bf2_of(w[i], scale), r[2 * i + 1] = bf2_of(w[i] >> 16, scale);
+            *(uint4*)&k[row][piece * 16] = make_uint4(r[0], r[1], r[2], r[3]);
+            *(uint4*)&k[row][piece * 16 + 8] = make_uint4(r[4], r[5], r[6], r[7]);
         }
+    }
+};
+
+// Logits of 16 heads and 32 rows: a warp has 8 rows and a quarter of the columns.
+__device__ __forceinline__ void multiply(Shared& s) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = warp % 4 * 8, quarter = warp / 4;
+    float sum[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < C / QUARTERS; i += 32) {
+        const int c = quarter * (C / QUARTERS) + i;
+        u32 a[2][4], b[4];
+        tiles(b, &s.k[row + lane % 8][c + lane / 8 * 8]);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            tiles(a[e], &s.q[lane % 16][c + e * 16 + lane / 16 * 8]);
+            mma(sum[e], a[e], b[2 * e], b[2 * e + 1]);
+        }
+    }
+    float* const to = &s.logits[quarter][lane / 4][row + lane % 4 * 2];
+    *(float2*)to = make_float2(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1]);
+    *(float2*)(to + 8 * WIDE) = make_float2(sum[0][2] + sum[1][2], sum[0][3] + sum[1][3]);
 }
 
-// The softmax so far: a warp has an eighth of the heads, a lane a row of each group; which of them are there: `seen`.
-__device__ __forceinline__ void weigh(
-    Shared& s, float (&top)[HEADS / 8], float (&total)[HEADS / 8], const bool (&seen)[GROUPS], float scale
-) {
+// The softmax so far: a warp has a head, a lane a row.
+__device__ __forceinline__ void weigh(Shared& s, float& top, float& total, bool seen, float scale) {
+    const int h = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const float sum = (s.logits[0][h][lane] + s.logits[1][h][lane]) + (s.logits[2][h][lane] + s.logits[3][h][lane]);
+    const float logit = seen ? sum * scale : LOWEST, now = fmaxf(top, most_of(logit));
+    const float p = seen ? __expf(logit - now) : 0.0f, shrink = __expf(top - now);
+    s.p[h][lane] = (u16)pair_of(p, 0);
+    if (lane == 0) s.shrink[h] = shrink;
+    total = total * shrink + sum_of(p), top = now;
+}
+
+// P V of 16 heads and 32 rows: a warp has OWN columns.
+__device__ __forceinline__ void gather(Shared& s, float (&acc)[OWN / 8][4]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const float upper = s.shrink[lane / 4], lower = s.shrink[lane / 4 + 8];
 #pragma unroll
-    for (int i = 0; i < HEADS / 8; i++) {
-        const int h = warp * (HEADS / 8) + i;
-        float logit[GROUPS], now = top[i], sum = 0;
+    for (int n = 0; n < OWN / 8; n++) acc[n][0] *= upper, acc[n][1] *= upper, acc[n][2] *= lower, acc[n][3] *= lower;
 #pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            logit[g] = seen[g] ? (s.logits[0][h][g * 32 + lane] + s.logits[1][h][g * 32 + lane]) * scale : LOWEST;
-            now = fmaxf(now, logit[g]);
+    for (int r = 0; r < ROWS; r += 16) {
+        u32 a[4];
+        tiles(a, &s.p[lane % 16][r + lane / 16 * 8]);
+#pragma unroll
+        for (int n = 0; n < OWN / 8; n += 2) {
+            u32 b[4];
+            turned_tiles(b, &s.k[r + lane % 16][warp * OWN + n * 8 + lane / 16 * 8]);
+            mma(acc[n], a, b[0], b[1]), mma(acc[n + 1], a, b[2], b[3]);
         }
-        now = most_of(now);
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            const float p = seen[g] ? __expf(logit[g] - now) : 0.0f;
-            sum += p;
-            s.p[h][g * 32 + lane] = (u16)pair_of(p, 0);
-        }
-        const float shrink = __expf(top[i] - now);
-        total[i] = total[i] * shrink + sum_of(sum), top[i] = now;
-        if (lane == 0) s.shrink[h] = shrink;
     }
 }
 
-// P V of a block's heads and rows: a warp has 64 columns.
-__device__ __forceinline__ void gather(Shared& s, float (&acc)[TILES][8][4], int groups) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int m = 0; m < TILES; m++) {
-        const float upper = s.shrink[m * 16 + lane / 4], lower = s.shrink[m * 16 + lane / 4 + 8];
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-            acc[m][n][0] *= upper, acc[m][n][1] *= upper, acc[m][n][2] *= lower, acc[m][n][3] *= lower;
-    }
-#pragma unroll 2
-    for (int r = 0; r < groups * 32; r += 16) {
-        u32 a[TILES][4];
-#pragma unroll
-        for (int m = 0; m < TILES; m++) tiles(a[m], &s.p[m * 16 + lane % 16][r + lane / 16 * 8]);
-#pragma unroll
-        for (int n = 0; n < 8; n += 2) {
-            u32 b[4];
-            turned_tiles(b, &s.k[r + lane % 16][warp * 64 + n * 8 + lane / 16 * 8]);
-#pragma unroll
-            for (int m = 0; m < TILES; m++) mma(acc[m][n], a[m], b[0], b[1]), mma(acc[m][n + 1], a[m], b[2], b[3]);
-        }
-    }
-}
+__device__ __forceinline__ void begin_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 __device__ __forceinline__ void meet() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
@@ -243,56 +202,37 @@ __device__ __forceinline__ T of_block(const T* mine, int block) {
     u32 there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(mine)), "r"(block));
     T v;
-    if constexpr (sizeof(T) == 16)
-        asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
-                     : "=f"(((float*)&v)[0]), "=f"(((float*)&v)[1]), "=f"(((float*)&v)[2]), "=f"(((float*)&v)[3]) : "r"(there));
+    if constexpr (sizeof(T) == 8)
+        asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(((float*)&v)[0]), "=f"(((float*)&v)[1]) : "r"(there));
     else
         asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(((float*)&v)[0]) : "r"(there));
     return v;
 }
 
-// Four neighbouring columns of a token's head, as they leave: BF16, the last ROPE turned back.
-__device__ __forceinline__ uint2 finished(const float4& v, int column, const float* turn) {
-    uint2 r = make_uint2(pair_of(v.x, v.y), pair_of(v.z, v.w));
-    if (column < FRONT) return r;
-    u32* const pairs = (u32*)&r;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float2 way = *(const float2*)(turn + column - FRONT + 2 * i);
-        const float a = __uint_as_float(pairs[i] << 16), b = __uint_as_float(pairs[i] & 0xffff0000u);
-        pairs[i] = pair_of(a * way.x + b * way.y, b * way.x - a * way.y);
-    }
-    return r;
+// Two neighbouring columns of a token's head, as they leave: BF16, the last ROPE turned back.
+__device__ __forceinline__ u32 finished(const float2& v, float total, int column, const float* turn) {
+    const u32 pair = pair_of(__fdividef(v.x, total), __fdividef(v.y, total));
+    if (column < FRONT) return pair;
+    const float2 way = *(const float2*)(turn + column - FRONT);
+    const float a = __uint_as_float(pair << 16), b = __uint_as_float(pair & 0xffff0000u);
+    return pair_of(a * way.x + b * way.y, b * way.x - a * way.y);
 }
 
-__device__ __forceinline__ float4 over(const float4& v, float total) {
-    return make_float4(__fdividef(v.x, total), __fdividef(v.y, total), __fdividef(v.z, total), __fdividef(v.w, total));
-}
-
-// The sum over the cluster's blocks of one head's eight columns.
+// The sum over the cluster's blocks of one head's two columns.
 struct Sum {
-    float4 v[2];
+    float2 v;
     float top, total;
 
-    __device__ __forceinline__ Sum(const Shared& s, int h, int column, float bar) : v{}, top(bar), total(0) {
-        float4 part[CLUSTER][2];
-        float tops[CLUSTER], totals[CLUSTER];
+    __device__ __forceinline__ Sum(const Shared& s, int h, int column, float bar) : v(make_float2(0, 0)), top(bar), total(0) {
+        float2 part[CLUSTER], of[CLUSTER];
+#pragma unroll
+        for (int b = 0; b < CLUSTER; b++) of[b] = of_block(&s.sums[h], b), part[b] = of_block((const float2*)&s.out[h][column], b);
+#pragma unroll
+        for (int b = 0; b < CLUSTER; b++) top = fmaxf(top, of[b].x);
 #pragma unroll
         for (int b = 0; b < CLUSTER; b++) {
-            tops[b] = of_block(&s.top[h], b), totals[b] = of_block(&s.total[h], b);
-#pragma unroll
-            for (int i = 0; i < 2; i++) part[b][i] = of_block((const float4*)&s.out[h][column + 4 * i], b);
-        }
-#pragma unroll
-        for (int b = 0; b < CLUSTER; b++) top = fmaxf(top, tops[b]);
-#pragma unroll
-        for (int b = 0; b < CLUSTER; b++) {
-            const float share = __expf(tops[b] - top);
-            total += totals[b] * share;
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                v[i].x += part[b][i].x * share, v[i].y += part[b][i].y * share, v[i].z += part[b][i].z * share,
-                    v[i].w += part[b][i].w * share;
+            const float share = __expf(of[b].x - top);
+            total += of[b].y * share, v.x += part[b].x * share, v.y += part[b].y * share;
         }
     }
 };
@@ -314,98 +254,85 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const int step = CLUSTER * seen.clusters;
     int block = cluster < seen.clusters ? seen.first + cluster * CLUSTER + rank : seen.last;
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    // In this order: what follows would load its weights while the kernels before this one need the bandwidth.
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (cluster >= seen.clusters) return;  // with all of the cluster
+    int rows[EACH];
     const auto find = [&](int block) {
-        if (threadIdx.x < ROWS && block < seen.last) s.rows[threadIdx.x] = seen.row(block, threadIdx.x, list, own_pages);
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int i = (threadIdx.x + e * THREADS) / PIECES;
+            rows[e] = i < ROWS && block < seen.last ? seen.row(block, i, list, own_pages) : -1;
+        }
     };
+    Pieces pieces;
     const auto load = [&](int block) {
-        const bool near = block < WINDOWS;
-        if (block < seen.last) fetch(s, near ? window : held, near ? window_scales : held_scales, seen.count(block));
+        pieces.load(block < WINDOWS ? window : held, block < WINDOWS ? window_scales : held_scales, rows);
     };
     find(block);
-    __syncthreads();
-    load(block);
     for (int i = threadIdx.x; i < HEADS * C / 8; i += THREADS) {
-        const int h = h0 + i / (C / 8), column = i % (C / 8) * 8;
-        copy<16>(&s.q[i / (C / 8)][column], q + (t * heads + min(h, heads - 1)) * C + column, h < heads);
+        const int h = i / (C / 8), column = i % (C / 8) * 8;
+        *(uint4*)&s.q[h][column] =
+            h0 + h < heads ? *(const uint4*)(q + (t * heads + h0 + h) * C + column) : make_uint4(0, 0, 0, 0);
     }
-    float acc[TILES][8][4] = {}, top[HEADS / 8], total[HEADS / 8] = {};
-#pragma unroll
-    for (int i = 0; i < HEADS / 8; i++) top[i] = LOWEST;
+    load(block);
+    find(block + step);
+    float acc[OWN / 8][4] = {}, top = LOWEST, total = 0;
     for (; block < seen.last; block += step) {
-        asm volatile("cp.async.wait_all;" ::: "memory");
-        __syncthreads();
-        const int count = seen.count(block);
-        widen(s, count);
-        find(block + step);
-        __syncthreads();
+        pieces.store(s.k);
         load(block + step);
-        multiply(s, count / 32);
+        if (block + 2 * step >= seen.last) begin_next();  // not before: its weights would come ahead of these rows
+        find(block + 2 * step);
         __syncthreads();
-        bool there[GROUPS];
-#pragma unroll
-        for (int g = 0; g < GROUPS; g++) {
-            const int i = block * ROWS + g * 32 + lane, at = i - WINDOWS * ROWS;  // row of the window, or entry
-            there[g] = g * 32 < count && (block < WINDOWS ? i < SPAN && seen.position - SPAN + 1 + i >= 0 : at < seen.entries);
-        }
+        multiply(s);
+        __syncthreads();
+        const int at = (block - WINDOWS) * ROWS + lane;  // an entry, or before them a row of the window
+        const bool there = block < WINDOWS ? at + WINDOWS * ROWS < SPAN && seen.position - SPAN + 1 + at + WINDOWS * ROWS >= 0
+                                           : at < seen.entries;
         weigh(s, top, total, there, scale);
         __syncthreads();
-        gather(s, acc, count / 32);
+        gather(s, acc);
+        __syncthreads();
     }
-    __syncthreads();
 #pragma unroll
-    for (int m = 0; m < TILES; m++)
-#pragma unroll
-        for (int n = 0; n < 8; n++) {
-            float* const to = &s.out[m * 16 + lane / 4][warp * 64 + n * 8 + lane % 4 * 2];
-            *(float2*)to = make_float2(acc[m][n][0], acc[m][n][1]);
-            *(float2*)(to + 8 * PITCH) = make_float2(acc[m][n][2], acc[m][n][3]);
-        }
-#pragma unroll
-    for (int i = 0; i < HEADS / 8; i++)
-        if (lane == i) s.top[warp * (HEADS / 8) + i] = top[i], s.total[warp * (HEADS / 8) + i] = total[i];
+    for (int n = 0; n < OWN / 8; n++) {
+        float* const to = &s.out[lane / 4][warp * OWN + n * 8 + lane % 4 * 2];
+        *(float2*)to = make_float2(acc[n][0], acc[n][1]), *(float2*)(to + 8 * PITCH) = make_float2(acc[n][2], acc[n][3]);
+    }
+    if (lane == 0) s.sums[warp] = make_float2(top, total);
     meet();
-    const int own = threadIdx.x / 8, h = h0 + own, column = rank * 64 + threadIdx.x % 8 * 8;
+    const int h = h0 + warp, column = rank * (C / CLUSTER) + lane * 2;
     const bool alone = seen.clusters == 1;
     const float bar = alone && h < heads ? sink[h] : LOWEST;
-    const Sum sum(s, own, column, bar);
+    const Sum sum(s, warp, column, bar);
     meet();  // a block's memory is its own again only when all have read it
     if (h >= heads) return;
     if (alone) {
-        const float total = sum.total + __expf(bar - sum.top);
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            *(uint2*)(out + (t * heads + h) * C + column + 4 * i) =
-                finished(over(sum.v[i], total), column + 4 * i, turn + t * ROPE);
+        *(u32*)(out + (t * heads + h) * C + column) =
+            finished(sum.v, sum.total + __expf(bar - sum.top), column, turn + t * ROPE);
         return;
     }
     const i64 place = (t * MOST + cluster) * heads + h;
-#pragma unroll
-    for (int i = 0; i < 2; i++) *(float4*)(parts + place * C + column + 4 * i) = sum.v[i];
-    if (rank == 0 && threadIdx.x % 8 == 0) *(float2*)(sums + place * 2) = make_float2(sum.top, sum.total);
+    *(float2*)(parts + place * C + column) = sum.v;
+    if (rank == 0 && lane == 0) *(float2*)(sums + place * 2) = make_float2(sum.top, sum.total);
 }
 
-// The sum over a token's clusters, if it has several: a block has one head, a thread four columns.
-extern "C" __global__ void __launch_bounds__(C / 4) combine(
+// The sum over a token's clusters, if it has several: a block has one head, a thread two columns.
+extern "C" __global__ void __launch_bounds__(C / 2) combine(
     const float* parts, const float* sums, const float* sink, const float* turn, const int* slots, const int* positions,
     u16* out, int heads, int most
 ) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    const int h = blockIdx.x, column = threadIdx.x * 4;
+    const int h = blockIdx.x, column = threadIdx.x * 2;
     const i64 t = blockIdx.y;
     const Seen seen(slots[t], positions[t], most);
     const float bar = sink[h];
     asm volatile("griddepcontrol.wait;" ::: "memory");
     if (seen.clusters == 1) return;
-    float2 own[MOST];
-    float4 part[MOST], sum = make_float4(0, 0, 0, 0);
+    float2 own[MOST], part[MOST], sum = make_float2(0, 0);
 #pragma unroll
     for (int i = 0; i < MOST; i++) {
         const i64 place = (t * MOST + i) * heads + h;
         own[i] = make_float2(LOWEST, 0), part[i] = sum;
-        if (i < seen.clusters) own[i] = *(const float2*)(sums + place * 2), part[i] = *(const float4*)(parts + place * C + column);
+        if (i < seen.clusters) own[i] = *(const float2*)(sums + place * 2), part[i] = *(const float2*)(parts + place * C + column);
     }
     float top = bar;
 #pragma unroll
@@ -414,8 +341,7 @@ extern "C" __global__ void __launch_bounds__(C / 4) combine(
 #pragma unroll
     for (int i = 0; i < MOST; i++) {
         const float share = __expf(own[i].x - top);
-        total += own[i].y * share;
-        sum.x += part[i].x * share, sum.y += part[i].y * share, sum.z += part[i].z * share, sum.w += part[i].w * share;
+        total += own[i].y * share, sum.x += part[i].x * share, sum.y += part[i].y * share;
     }
-    *(uint2*)(out + (t * heads + h) * C + column) = finished(over(sum, total), column, turn + t * ROPE);
+    *(u32*)(out + (t * heads + h) * C + column) = finished(sum, total, column, turn + t * ROPE);
 }

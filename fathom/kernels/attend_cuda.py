@@ -14,14 +14,11 @@ from torch import Tensor
 from fathom.kernels.cuda import compiles, kernel
 from fathom.kernels.decode import Memory, Tokens
 
-_WIDTH, _ROPE, _HEADS, _THREADS = 512, 64, 32, 256
-_ROWS, _CLUSTER, _LIMIT, _MOST = 96, 8, 2, 8
+_WIDTH, _ROPE, _HEADS, _THREADS = 512, 64, 16, 512
+_ROWS, _CLUSTER, _LIMIT, _MOST = 32, 8, 3, 8
 """Rows of a block at a time, blocks of a cluster, rounds of them before a token has a second cluster, of 8 at most."""
-_SHARED = sum((
-    2 * (_HEADS + _ROWS) * (_WIDTH + 8),  # queries, rows as BF16
-    _ROWS * (_WIDTH + _ROPE + 8 + 4),  # rows as they are stored, with their scales and places
-    _HEADS * (8 * (_ROWS + 2) + 2 * (_ROWS + 8) + 12),  # logits, probabilities, their sums
-))  # fmt: skip
+_SHARED = 2 * (_HEADS + _ROWS) * (_WIDTH + 8) + _HEADS * (16 * (_ROWS + 2) + 2 * (_ROWS + 8) + 12)
+"""Bytes of queries and rows as BF16, of logits, probabilities and their sums."""
 
 
 def has(q: Tensor, memory: Memory) -> bool:
@@ -54,7 +51,7 @@ def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, c
     if clusters > 1:
         run = kernel("attend.cu", "combine", q.device, **sizes)
         pointers = map(_pointer, (parts, sums, sink, turn, *where, out))
-        run((heads, count), width // 4, q.device, *pointers, *numbers, early=False)
+        run((heads, count), width // 2, q.device, *pointers, *numbers, early=False)
     return out
 
 

@@ -163,7 +163,7 @@ __device__ __forceinline__ void copy_scales(u8* to, const u8* exponents, long lo
 
 // What a lane has of the result: rows `at` (gate), and their up rows or 8 further, of two pairs.
 __device__ __forceinline__ void write(
-    const float (&sum)[4], const int* list, int now, const float* shares, void* out, int rows, int at, float limit
+    const float (&sum)[4], const int* list, int now, const float (&share)[2], void* out, int rows, int at, float limit
 ) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -172,7 +172,7 @@ __device__ __forceinline__ void write(
         const long long pair = list[n];
         if (UP) {
             const float a = fminf(sum[i], limit), b = fminf(fmaxf(sum[2 + i], -limit), limit);
-            const float y = __fdividef(a, 1.0f + __expf(-a)) * b * shares[pair];
+            const float y = __fdividef(a, 1.0f + __expf(-a)) * b * share[i];
             u16 bits;
             asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(y));
             ((u16*)out)[pair * rows + at] = bits;
@@ -198,11 +198,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     const int own = blockIdx.y, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int g = lane / 4, j = lane % 4;
-    const int count = company(chosen, total, own, list);
-    if (!count) return;
     // A warp has 16 rows: gate rows stand beside their up rows, half of the matrix further.
     constexpr int ROWS = UP ? 32 : 64;  // of the result, that a tile makes
     const long long top = (long long)chosen[own] * (UP ? 2 * rows : rows) + blockIdx.x * TILES * ROWS;
+    const int count = company(chosen, total, own, list);
+    if (!count) return;
     const int far = UP ? rows : 8;
     // Eight lanes copy 128 bytes of a row; 16 bytes stand at their number exclusive-or the row's.
     u8* const mine = ring + warp * STAGES * SLOT;
@@ -231,54 +231,62 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
 #pragma unroll
         for (int c = 0; c < STAGES - 1; c++) load(mine + c * SLOT);
         place(xs, factors, x, scales, list + first, now);
+        float share[2] = {};
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (UP && 2 * j + i < now) share[i] = shares[list[first + 2 * j + i]];
         asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
         __syncthreads();
-        u32 a[2][4][4];
-        unpacked(a[0], mine, at[0], table);
+        u32 a[2][4][4], b[2][4][4];
+        unpacked(a[0], mine, at[0], table), unpacked(a[1], mine, at[1], table);
         u8 *slot = mine, *free = mine + (STAGES - 1) * SLOT;
         for (int n = 0; n < TILES; n++) {
             float sum[4] = {};
             const u8* const power = powers + (n * 64 + warp * 16 + g) * SCALES;
+#pragma unroll 2
             for (int begin = 0; begin < CHUNKS; begin += 2) {
+                float d[2][4][4];
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int c = 0; c < 2; c++)
+#pragma unroll
+                    for (int m = 0; m < 4; m++)
+                        if (CHUNKS % 2 == 0 || begin + c < CHUNKS)
+                            multiply(d[c][m], a[c][m], columns + ((begin + c) * 4 + m) * 16);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                load(free);
+                free = slot;
+                slot = slot == mine + (STAGES - 1) * SLOT ? mine : slot + SLOT;
+                asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
+                __syncwarp();
+                unpacked(b[0], slot, at[0], table), unpacked(b[1], slot, at[1], table);
+                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     const int chunk = begin + c;
-                    const bool there = CHUNKS % 2 == 0 || chunk < CHUNKS;
-                    float d[4][4];
-                    if (there) {
-                        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-                        for (int m = 0; m < 4; m++) multiply(d[m], a[c][m], columns + (chunk * 4 + m) * 16);
-                        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                    }
-                    if (c == 0) {
-                        load(free);
-                        unpacked(a[1], slot, at[1], table);
-                    } else {
-                        free = slot;
-                        slot = slot == mine + (STAGES - 1) * SLOT ? mine : slot + SLOT;
-                        asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
-                        __syncwarp();
-                        unpacked(a[0], slot, at[0], table);
-                    }
-                    if (!there) continue;
-                    const u32 of[2] = {*(const u32*)(power + chunk * 4), *(const u32*)(power + 8 * SCALES + chunk * 4)};
-                    const float2 f = *(const float2*)(factors + chunk * PAIRS + 2 * j);
-                    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                    if (CHUNKS % 2 && chunk >= CHUNKS) continue;
 #pragma unroll
                     for (int m = 0; m < 4; m++)  // nothing may read the results above the wait
 #pragma unroll
-                        for (int i = 0; i < 4; i++) asm volatile("" : "+f"(d[m][i])::"memory");
+                        for (int i = 0; i < 4; i++) asm volatile("" : "+f"(d[c][m][i])::"memory");
+                    const u32 of[2] = {*(const u32*)(power + chunk * 4), *(const u32*)(power + 8 * SCALES + chunk * 4)};
+                    const float2 f = *(const float2*)(factors + chunk * PAIRS + 2 * j);
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         float part = 0;
 #pragma unroll
-                        for (int m = 0; m < 4; m++) part += d[m][i] * exponent(of[i / 2] >> 8 * m & 0xff);
+                        for (int m = 0; m < 4; m++) part += d[c][m][i] * exponent(of[i / 2] >> 8 * m & 0xff);
                         sum[i] += part * (i % 2 ? f.y : f.x);
                     }
                 }
+#pragma unroll
+                for (int c = 0; c < 2; c++)
+#pragma unroll
+                    for (int m = 0; m < 4; m++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) a[c][m][i] = b[c][m][i];
             }
-            write(sum, list + first, now, shares, out, rows, (blockIdx.x * TILES + n) * ROWS + warp * ROWS / 4 + g, limit);
+            write(sum, list + first, now, share, out, rows, (blockIdx.x * TILES + n) * ROWS + warp * ROWS / 4 + g, limit);
         }
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads();
