@@ -210,10 +210,9 @@ __device__ __forceinline__ T of_block(const T* mine, int block) {
 }
 
 // Two neighbouring columns of a token's head, as they leave: BF16, the last ROPE turned back.
-__device__ __forceinline__ u32 finished(const float2& v, float total, int column, const float* turn) {
+__device__ __forceinline__ u32 finished(const float2& v, float total, int column, const float2& way) {
     const u32 pair = pair_of(__fdividef(v.x, total), __fdividef(v.y, total));
     if (column < FRONT) return pair;
-    const float2 way = *(const float2*)(turn + column - FRONT);
     const float a = __uint_as_float(pair << 16), b = __uint_as_float(pair & 0xffff0000u);
     return pair_of(a * way.x + b * way.y, b * way.x - a * way.y);
 }
@@ -253,8 +252,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const int* const own_pages = CHOSEN ? nullptr : table + (i64)max(seen.slot, 0) * pages;
     const int step = CLUSTER * seen.clusters;
     int block = cluster < seen.clusters ? seen.first + cluster * CLUSTER + rank : seen.last;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    if (cluster >= seen.clusters) return;  // with all of the cluster
+    // What the end needs: then the weights of what follows would come ahead of it.
+    const int own = h0 + warp, column = rank * (C / CLUSTER) + lane * 2;
+    const bool alone = seen.clusters == 1;
+    const float bar = alone && own < heads ? sink[own] : LOWEST;
+    const float2 way = column < FRONT ? make_float2(1, 0) : *(const float2*)(turn + t * ROPE + column - FRONT);
     int rows[EACH];
     const auto find = [&](int block) {
 #pragma unroll
@@ -267,19 +269,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const auto load = [&](int block) {
         pieces.load(block < WINDOWS ? window : held, block < WINDOWS ? window_scales : held_scales, rows);
     };
-    find(block);
+    if (!CHOSEN) find(block);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (cluster >= seen.clusters) return;  // with all of the cluster
+    if (CHOSEN) find(block);
     for (int i = threadIdx.x; i < HEADS * C / 8; i += THREADS) {
-        const int h = i / (C / 8), column = i % (C / 8) * 8;
-        *(uint4*)&s.q[h][column] =
-            h0 + h < heads ? *(const uint4*)(q + (t * heads + h0 + h) * C + column) : make_uint4(0, 0, 0, 0);
+        const int h = i / (C / 8), at = i % (C / 8) * 8;
+        *(uint4*)&s.q[h][at] = h0 + h < heads ? *(const uint4*)(q + (t * heads + h0 + h) * C + at) : make_uint4(0, 0, 0, 0);
     }
     load(block);
+    if (block + step >= seen.last) begin_next();  // not before: its weights would come ahead of these rows
     find(block + step);
     float acc[OWN / 8][4] = {}, top = LOWEST, total = 0;
     for (; block < seen.last; block += step) {
         pieces.store(s.k);
         load(block + step);
-        if (block + 2 * step >= seen.last) begin_next();  // not before: its weights would come ahead of these rows
+        if (block + 2 * step >= seen.last) begin_next();
         find(block + 2 * step);
         __syncthreads();
         multiply(s);
@@ -299,18 +304,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     }
     if (lane == 0) s.sums[warp] = make_float2(top, total);
     meet();
-    const int h = h0 + warp, column = rank * (C / CLUSTER) + lane * 2;
-    const bool alone = seen.clusters == 1;
-    const float bar = alone && h < heads ? sink[h] : LOWEST;
     const Sum sum(s, warp, column, bar);
     meet();  // a block's memory is its own again only when all have read it
-    if (h >= heads) return;
+    if (own >= heads) return;
     if (alone) {
-        *(u32*)(out + (t * heads + h) * C + column) =
-            finished(sum.v, sum.total + __expf(bar - sum.top), column, turn + t * ROPE);
+        *(u32*)(out + (t * heads + own) * C + column) = finished(sum.v, sum.total + __expf(bar - sum.top), column, way);
         return;
     }
-    const i64 place = (t * MOST + cluster) * heads + h;
+    const i64 place = (t * MOST + cluster) * heads + own;
     *(float2*)(parts + place * C + column) = sum.v;
     if (rank == 0 && lane == 0) *(float2*)(sums + place * 2) = make_float2(sum.top, sum.total);
 }
@@ -325,6 +326,7 @@ extern "C" __global__ void __launch_bounds__(C / 2) combine(
     const i64 t = blockIdx.y;
     const Seen seen(slots[t], positions[t], most);
     const float bar = sink[h];
+    const float2 way = column < FRONT ? make_float2(1, 0) : *(const float2*)(turn + t * ROPE + column - FRONT);
     asm volatile("griddepcontrol.wait;" ::: "memory");
     if (seen.clusters == 1) return;
     float2 own[MOST], part[MOST], sum = make_float2(0, 0);
@@ -343,5 +345,5 @@ extern "C" __global__ void __launch_bounds__(C / 2) combine(
         const float share = __expf(own[i].x - top);
         total += own[i].y * share, sum.x += part[i].x * share, sum.y += part[i].y * share;
     }
-    *(u32*)(out + (t * heads + h) * C + column) = finished(sum, total, column, turn + t * ROPE);
+    *(u32*)(out + (t * heads + h) * C + column) = finished(sum, total, column, way);
 }

@@ -28,6 +28,7 @@ __device__ __forceinline__ void copy(void* to, const void* from) {
     else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(at), "l"(from) : "memory");
 }
 
+__device__ __forceinline__ void wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 __device__ __forceinline__ float exponent(u32 byte) { return __uint_as_float(byte << 23); }
@@ -193,7 +194,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     u8* const ring = powers + TILES * 64 * SCALES;                       // [4 warps, STAGES, 16, 128]
     __shared__ float factors[PAIRS * CHUNKS];
     __shared__ int list[MOST];
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    // Down begins at the earliest when gate and up have begun, so what they waited for, `chosen` too, is complete.
+    if (UP) wait();
     // In this order: what runs beside gate and up (EARLY in linear.cu) reads what was complete when they began.
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     const int own = blockIdx.y, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -202,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     constexpr int ROWS = UP ? 32 : 64;  // of the result, that a tile makes
     const long long top = (long long)chosen[own] * (UP ? 2 * rows : rows) + blockIdx.x * TILES * ROWS;
     const int count = company(chosen, total, own, list);
-    if (!count) return;
+    if (!count) return wait();
     const int far = UP ? rows : 8;
     // Eight lanes copy 128 bytes of a row; 16 bytes stand at their number exclusive-or the row's.
     u8* const mine = ring + warp * STAGES * SLOT;
@@ -230,6 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
         };
 #pragma unroll
         for (int c = 0; c < STAGES - 1; c++) load(mine + c * SLOT);
+        if (!UP && first == 0) wait();
         place(xs, factors, x, scales, list + first, now);
         float share[2] = {};
 #pragma unroll

@@ -24,8 +24,8 @@ MOST_PAIRS = 512
 """Pairs of a token and an expert that a block can look through."""
 _TOGETHER = 8
 """Pairs of an expert that are multiplied at once."""
-_FEW_PAIRS = 64
-"""Up to so many pairs, more blocks are better than longer ones."""
+_ONE_TOKEN, _FEW_PAIRS = 12, 64
+"""Pairs up to which more blocks are better than longer ones."""
 
 
 class Shape(NamedTuple):
@@ -37,9 +37,11 @@ class Shape(NamedTuple):
 
 def shape(pairs: int, up: bool) -> Shape:
     """What measured best on an H200."""
+    if pairs <= _ONE_TOKEN:
+        return Shape(1 if up else 2, 4)
     if pairs <= _FEW_PAIRS:
-        return Shape(1 if up else 2, 3)
-    return Shape(2 if up else 4, 4)
+        return Shape(1, 3) if up else Shape(4, 4)
+    return Shape(4, 4)
 
 
 def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:
@@ -65,7 +67,10 @@ def gate_up(
 
 
 def down(x: Tensor, chosen: Tensor, weights: Fp4Experts, form: Shape | None = None) -> Tensor:
-    """w2[e] x for every pair, float32 [P, D]; x BF16 [P, I], which is rounded to e4m3 per 128."""
+    """w2[e] x for every pair, float32 [P, D]; x BF16 [P, I], which is rounded to e4m3 per 128.
+
+    `chosen` is read at once: it must have been complete when the kernel launched last began, as it was for `gate_up`.
+    """
     hidden = weights.w2.shape[1]
     out = torch.empty((chosen.numel(), hidden), dtype=torch.float32, device=x.device)
     tensors = (weights.w2, weights.s2, x, x, chosen, x, out)
