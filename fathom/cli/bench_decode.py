@@ -1,8 +1,10 @@
 """Decode on a GPU: the step that an engine replays as a graph, over a cache filled to a context.
 
-A step's time is that of the graph alone, head included, sampling and the host left out. The experts that its tokens
-chose are counted, since fewer of them would be less to read: `floor_seconds` is for tokens that choose independently,
-`own_floor_seconds` for what this step's did.
+A step's time is that of the graph alone, head included, sampling and the host left out. A token that closes a block of
+4, or of 128, also pools and stores its entry: each kind is timed at one position, and a row's time is the mean over 128
+neighbouring tokens, of which each kind has its number. The experts that its tokens chose are counted, since fewer of
+them would be less to read: `floor_seconds` is for tokens that choose independently, `own_floor_seconds` for what this
+step's did.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class DecodeBench:
         self.launches: list[dict[str, Any]] = []
 
     def row(self, context: int, batch: int, breakdown: bool = True) -> dict[str, Any]:
-        """One line of the table: the token that is the last of `context`, of each of `batch` sequences."""
+        """One line of the table: the tokens that are the last of `context`, one of each of `batch` sequences."""
         begin = time.perf_counter()
         cache = self._cache(context, batch)
         with inference(), chosen_experts(self.model) as chosen:
@@ -57,17 +59,28 @@ class DecodeBench:
             ready = time.perf_counter() - begin
             filled(cache)
             self._first(graphs, context, batch)
-            took = timed(graphs._captured[batch].graph.replay, self.job.runs or RUNS)
+            kinds = [self._kind(graphs, position, often, batch) for position, often in closing(context)]
             experts = _distinct(chosen)
             if breakdown:
                 self.launches = self._breakdown(graphs, context, batch)
+        seconds = sum(kind["seconds"] * kind["often"] for kind in kinds) / sum(kind["often"] for kind in kinds)
         return {
             "context": context,
             "batch": batch,
-            **took.row(),
+            "seconds": seconds,
+            "low": min(kind["low"] for kind in kinds),
+            "high": max(kind["high"] for kind in kinds),
+            "runs": kinds[0]["runs"],
+            "kinds": kinds,
             "ready_seconds": ready,
-            **self._beside(cache, context, batch, took.row()["seconds"], experts),
+            **self._beside(cache, context, batch, seconds, experts),
         }
+
+    def _kind(self, graphs: Graphs, position: int, often: int, batch: int) -> dict[str, Any]:
+        """The step at one position, which stands for so many."""
+        self._first(graphs, position + 1, batch)
+        took = timed(graphs._captured[batch].graph.replay, self.job.runs or RUNS)
+        return {"position": position, "often": often, **took.row()}
 
     def first_token(self, sizes: Sequence[int], context: int = 8192) -> dict[str, Any]:
         """Seconds from weights in place to a first token: a cache, the graphs of all sizes, a short prompt, a step."""
@@ -109,10 +122,10 @@ class DecodeBench:
             raise ConfigError("the step gave logits that are not finite: its time would mean nothing")
 
     def _breakdown(self, graphs: Graphs, context: int, batch: int) -> list[dict[str, Any]]:
-        """The launches of a step, each after the end of the one before."""
+        """The launches of a step of the most frequent kind, each after the end of the one before."""
         with complete_launches():
             graphs.capture(batch)
-            self._first(graphs, context, batch)
+            self._first(graphs, max(closing(context), key=lambda kind: kind[1])[0] + 1, batch)
             return launches(graphs._captured[batch].graph.replay)
 
     def _beside(
@@ -136,6 +149,15 @@ class DecodeBench:
             "kv_counted": kept,
             "kv_of_v32": other,
         }
+
+
+def closing(context: int) -> list[tuple[int, int]]:
+    """Of the last 128 positions of a context: one of each kind (it closes no block, one of 4, one of 128 too), and how
+    many are of that kind."""
+    places: dict[int, list[int]] = {}
+    for position in range(max(0, context - PAGE), context):
+        places.setdefault(sum((position + 1) % n == 0 for n in (4, PAGE)), []).append(position)
+    return [(places[kind][-1], len(places[kind])) for kind in sorted(places)]
 
 
 @contextmanager

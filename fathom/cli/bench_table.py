@@ -75,6 +75,11 @@ def _of_decode(row: Row) -> Iterator[str]:
         own, rate = 1e3 * row["own_floor_seconds"], row["bytes_per_second"]
         chose = f"tokens chose {row['experts']:.1f} experts a layer: floor {own:.2f} ms"
         yield f"{where}: {chose}, {rate / 1e12:.2f} TB/s, {100 * rate / COPY_RATE:.0f} % of a copy's."
+    if not row.get("kinds"):
+        yield f"{where}: timed at the last position alone, whose token closes a block of 128: one of 128 does."
+    elif len(row["kinds"]) > 1:
+        each = ", ".join(f"{kind['often']} of {1e3 * kind['seconds']:.3f} ms" for kind in row["kinds"])
+        yield f"{where}: of 128 tokens {each}: those that close no block, one of 4, one of 128 too."
     yield f"{where}: {row['ready_seconds']:.1f} s from weights in place to the first token, its graph captured."
 
 
