@@ -2,7 +2,8 @@
 
 FP8, FP4 and BF16 weights are FP16 numbers up to one power of two, and FBGEMM, which comes with torch on x86, multiplies
 float32 rows by FP16 weights in float32. A decode step reads half the bytes, and the sum of a row does not depend on how
-many rows are beside it: what takes four padded rows elsewhere (see `linear.pad_rows`) takes one.
+many rows are beside it: what takes four padded rows elsewhere (see `linear.pad_rows`) takes one with AVX-512. With AVX2
+FBGEMM sums one or two rows, also those left over from sixes, in another order than more: it is given up to two more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ _FEW_ROWS = 64
 """Up to so many rows are computed by one thread: sharing them out costs more."""
 
 
+_MORE = 8
+"""Rows up to which `_room` looks; three are enough for FBGEMM as it is."""
+
+
 class Packed:
     """W [N, K], to be multiplied by rows [T, K] in float32."""
 
@@ -29,11 +34,16 @@ class Packed:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, K] -> [T, N], both float32."""
-        if x.shape[0] > _FEW_ROWS and torch.get_num_threads() > 1:
-            out = torch.ops.quantized.linear_dynamic_fp16(x, self._shared)
-        else:
-            out = torch.fbgemm_linear_fp16_weight_fp32_activation(x, self._tiles, None)
+        rows = x.shape[0]
+        room = _room(rows)
+        out = self._product(x if room == rows else torch.nn.functional.pad(x, (0, 0, 0, room - rows)))[:rows]
         return out.mul_(self._back) if self._shift else out
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Without the shift, and as FBGEMM sums so many rows."""
+        if x.shape[0] > _FEW_ROWS and torch.get_num_threads() > 1:
+            return torch.ops.quantized.linear_dynamic_fp16(x, self._shared)
+        return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self._tiles, None)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return Packed, (self._weight, self._shift)
@@ -97,6 +107,26 @@ def pack_all(weights: Tensor) -> list[Packed] | None:
             return None
         packed.append(one)
     return packed
+
+
+@lru_cache(maxsize=4096)
+def _room(rows: int) -> int:
+    """The least number of rows, not below `rows`, of which FBGEMM sums every one in the same order here: tried."""
+    return next((room for room in range(rows, rows + _MORE) if _is_even(room)), rows)
+
+
+def _is_even(rows: int) -> bool:
+    """Whether a row's product among so many copies of it is the one among three, wherever it stands."""
+    product, x = _probe()
+    three = product._product(x.expand(3, -1).contiguous())[:1]
+    return torch.equal(product._product(x.expand(rows, -1).contiguous()), three.expand(rows, -1))
+
+
+@lru_cache(maxsize=1)
+def _probe() -> tuple[Packed, Tensor]:
+    """A product and a row whose sums differ in their last bits when they are taken in another order."""
+    g = torch.Generator().manual_seed(0)
+    return Packed(torch.randn(64, 256, generator=g).half().float(), 0), torch.randn(1, 256, generator=g)
 
 
 @lru_cache(maxsize=1)

@@ -18,7 +18,7 @@ from fathom.kernels.elementwise import sigmoid
 
 Array = npt.NDArray[np.float32]
 
-_ROW_MULTIPLE = 4
+_TOGETHER = 4
 
 
 def mixing(m: Tensor, scale: Tensor, base: Tensor, n: int, rounds: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,15 +76,19 @@ def _summers(n: int, eps: np.float32) -> tuple[Array, Array]:
 
 def _sinkhorn_numpy(logits: Array, n: int, rounds: int, eps: np.float32) -> Array:
     tokens = logits.shape[0]
-    padded = tokens + -tokens % _ROW_MULTIPLE  # one reduction order for any number of rows, see linear.pad_rows
-    c = np.ones((padded, n * n + 1), np.float32)
+    # A product for every four tokens, not one for all: what BLAS makes of a row can depend on its place among more.
+    c = np.ones((-(-tokens // _TOGETHER), _TOGETHER, n * n + 1), np.float32)
+    flat = c.reshape(-1, n * n + 1)
     square = logits.reshape(tokens, n, n)
     square = np.exp(square - square.max(-1, keepdims=True))
     square = square / square.sum(-1, keepdims=True) + eps
-    c[:tokens, :-1] = square.reshape(tokens, n * n)
+    flat[:tokens, :-1] = square.reshape(tokens, n * n)
     rows, cols = _summers(n, eps)
     sums = np.empty_like(c)
     for summer in (cols, *(rows, cols) * (rounds - 1)):
-        c.dot(summer, sums)
+        if len(c) == 1:
+            c[0].dot(summer, sums[0])  # the same product by a shorter way
+        else:
+            np.matmul(c, summer, sums)
         np.divide(c, sums, c)
-    return np.ascontiguousarray(c[:tokens, :-1])
+    return np.ascontiguousarray(flat[:tokens, :-1])
