@@ -122,11 +122,15 @@ class DecodeBench:
             raise ConfigError("the step gave logits that are not finite: its time would mean nothing")
 
     def _breakdown(self, graphs: Graphs, context: int, batch: int) -> list[dict[str, Any]]:
-        """The launches of a step of the most frequent kind, each after the end of the one before."""
+        """The launches of a step of the most frequent kind: what each adds as they overlap, and each alone."""
+        end = max(closing(context), key=lambda kind: kind[1])[0] + 1
+        self._first(graphs, end, batch)
+        added = {row["kernel"]: row["added"] for row in launches(graphs._captured[batch].graph.replay)}
         with complete_launches():
             graphs.capture(batch)
-            self._first(graphs, max(closing(context), key=lambda kind: kind[1])[0] + 1, batch)
-            return launches(graphs._captured[batch].graph.replay)
+            self._first(graphs, end, batch)
+            alone = launches(graphs._captured[batch].graph.replay)
+        return [{**row, "added": added.get(row["kernel"])} for row in alone]
 
     def _beside(
         self, cache: DeviceCache, context: int, batch: int, seconds: float, experts: float | None

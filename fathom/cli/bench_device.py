@@ -8,7 +8,7 @@ counted and reported apart.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -239,16 +239,29 @@ def complete_launches() -> Iterator[None]:
 
 
 def launches(call: Callable[[], object]) -> list[dict[str, Any]]:
-    """What a call launches on the GPU: for each kernel how often and for how many seconds in all, the longest first."""
+    """What a call launches on the GPU: for each kernel how often, for how many seconds, and by how many in all its ends
+    came after the latest end before them (the call's time is the sum of these). Most seconds first."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         call()
         torch.cuda.synchronize()
-    found = [(e.key, e.count, e.self_device_time_total / 1e6) for e in profiled.key_averages()]
-    rows = [{"kernel": key, "count": count, "seconds": seconds} for key, count, seconds in found if seconds]
-    return sorted(rows, key=lambda row: -float(row["seconds"]))
+    on_gpu = (e for e in profiled.events() or () if e.device_type.name == "CUDA")
+    return by_kernel(sorted((e.time_range.start, e.time_range.end, e.name) for e in on_gpu))
+
+
+def by_kernel(spans: Sequence[tuple[float, float, str]]) -> list[dict[str, Any]]:
+    """The rows of `launches` from begins and ends in microseconds, in the order of the begins."""
+    rows: dict[str, dict[str, Any]] = {}
+    latest = spans[0][0] if spans else 0.0
+    for begin, end, name in spans:
+        row = rows.setdefault(name, {"kernel": name, "count": 0, "seconds": 0.0, "added": 0.0})
+        row["count"] += 1
+        row["seconds"] += (end - begin) / 1e6
+        row["added"] += max(0.0, end - latest) / 1e6
+        latest = max(latest, end)
+    return sorted(rows.values(), key=lambda row: -float(row["seconds"]))
 
 
 @contextmanager

@@ -91,19 +91,25 @@ def _of_prefill(row: Row) -> Iterator[str]:
 
 
 def breakdown(launches: Sequence[Row]) -> Iterator[str]:
-    """Where a step's time goes."""
+    """Where a step's time goes: a launch's own time when nothing overlaps, and what it adds where launches do."""
     total, count = sum(row["seconds"] for row in launches), sum(row["count"] for row in launches)
-    yield f"Launches of a step, each begun after the one before (no dependent launch): {count}, {1e3 * total:.2f} ms"
+    yield f"Launches of a step: {count}; alone, each begun after the one before, {1e3 * total:.2f} ms"
     rest = launches[_LAUNCHES:]
     shown = [*launches[:_LAUNCHES]]
     if rest:
-        sums = {name: sum(row[name] for row in rest) for name in ("count", "seconds")}
+        sums = {name: sum(row.get(name) or 0 for row in rest) for name in ("count", "seconds", "added")}
         shown.append({"kernel": f"{len(rest)} others", **sums})
     cells = [
         (r["kernel"][:60], str(r["count"]), f"{1e6 * r['seconds'] / r['count']:.1f}", f"{1e6 * r['seconds']:.0f}",
-         f"{100 * r['seconds'] / total:.1f}") for r in shown
+         *_added(r)) for r in shown
     ]  # fmt: skip
-    yield from grid(("kernel", "launches", "µs each", "µs", "%"), cells)
+    yield from grid(("kernel", "launches", "µs alone", "in all", "µs added", "in all"), cells)
+
+
+def _added(row: Row) -> tuple[str, str]:
+    if row.get("added") is None:
+        return "", ""
+    return f"{1e6 * row['added'] / row['count']:.1f}", f"{1e6 * row['added']:.0f}"
 
 
 def _decode(row: Row) -> Sequence[str]:

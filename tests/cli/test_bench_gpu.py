@@ -10,7 +10,7 @@ import torch
 
 from fathom.checkpoint.synthetic import synthetic_model
 from fathom.cli.bench_decode import closing
-from fathom.cli.bench_device import DeviceJob, gpu, whole_config
+from fathom.cli.bench_device import DeviceJob, by_kernel, gpu, whole_config
 from fathom.cli.bench_fill import filled
 from fathom.cli.bench_floor import step_bytes
 from fathom.cli.bench_prefill import Prompt, chunk_sizes, random_ids
@@ -155,6 +155,17 @@ def test_how_often_tokens_close_blocks() -> None:
     row = decode_report()["rows"][0] | {"kinds": kinds}
     text = "\n".join(lines(decode_report(rows=[row])))
     assert "96 of 3.800 ms, 32 of 4.000 ms" in text and "last position alone" not in text
+
+
+def test_what_a_launch_adds() -> None:
+    """Two kernels that overlap: the second ends 3 us after the first, whose span holds a third one."""
+    rows = by_kernel([(10.0, 20.0, "a"), (12.0, 18.0, "b"), (15.0, 23.0, "c"), (25.0, 26.0, "a")])
+    assert {row["kernel"]: (row["count"], round(1e6 * row["added"], 3)) for row in rows} == {
+        "a": (2, 13.0), "b": (1, 0.0), "c": (1, 3.0)
+    }  # fmt: skip
+    assert sum(row["added"] for row in rows) == pytest.approx(16e-6)
+    text = "\n".join(lines(decode_report(launches=rows)))
+    assert "| c " in text and "3.0" in text
 
 
 def test_words_of_other_reports() -> None:
