@@ -117,7 +117,7 @@ def _source(file: str, name: str, device: torch.device, shared: int = 0, **const
     text = Path(cuda.__file__).with_name(file).read_text()
     if _has_nvrtc():
         _once(f"{file} {options}", f"{file} {name} {constants}", lambda: cuda.compiled(text, options))
-    return lambda *arguments: None
+    return lambda *arguments, **named: None
 
 
 def _has_nvrtc() -> bool:
