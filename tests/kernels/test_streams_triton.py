@@ -80,7 +80,9 @@ def test_a_token_has_the_same_bits_in_company(
     whole = ops.before(x, fn, *rest)
     for first, last in ((0, 1), (4, 5), (8, 9), (3, 9)) if tokens == 9 else ((0, 128), (128, 384), (7, 399)):
         part = ops.before(x[first:last], fn, *rest)
-        assert all(torch.equal(a, b[first:last]) for a, b in zip(part, whole, strict=True))
+        for a, b in zip(part, whole, strict=True):
+            # The interpreter's products are numpy's, of which a row may depend on its place.
+            assert error(a, b[first:last]) < 1e-3 if INTERPRETED else torch.equal(a, b[first:last])
 
 
 @pytest.mark.parametrize("ops", ROUTERS)
