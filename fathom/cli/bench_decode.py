@@ -58,7 +58,6 @@ class DecodeBench:
             self._first(graphs, context, batch)
             ready = time.perf_counter() - begin
             filled(cache)
-            self._first(graphs, context, batch)
             kinds = [self._kind(graphs, position, often, batch) for position, often in closing(context)]
             experts = _distinct(chosen)
             if breakdown:

@@ -196,16 +196,12 @@ __device__ __forceinline__ void meet() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// Something of shared memory as another block of the cluster has it.
-template <class T>
-__device__ __forceinline__ T of_block(const T* mine, int block) {
+// A pair of floats of shared memory as another block of the cluster has it.
+__device__ __forceinline__ float2 of_block(const float2* mine, int block) {
     u32 there;
+    float2 v;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(mine)), "r"(block));
-    T v;
-    if constexpr (sizeof(T) == 8)
-        asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(((float*)&v)[0]), "=f"(((float*)&v)[1]) : "r"(there));
-    else
-        asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(((float*)&v)[0]) : "r"(there));
+    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(there));
     return v;
 }
 
@@ -252,7 +248,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const int* const own_pages = CHOSEN ? nullptr : table + (i64)max(seen.slot, 0) * pages;
     const int step = CLUSTER * seen.clusters;
     int block = cluster < seen.clusters ? seen.first + cluster * CLUSTER + rank : seen.last;
-    // What the end needs: then the weights of what follows would come ahead of it.
+    // Read now what only the end needs: by then the weights of what follows would come ahead of it.
     const int own = h0 + warp, column = rank * (C / CLUSTER) + lane * 2;
     const bool alone = seen.clusters == 1;
     const float bar = alone && own < heads ? sink[own] : LOWEST;

@@ -72,7 +72,8 @@ def _run(
     early: bool = False,
 ) -> None:  # fmt: skip
     described, blocks = _described(parts, kinds, out)
-    sizes, tokens = _sizes(columns, len(x)), 8 * shape(columns, len(x))[1]
+    sizes = _sizes(columns, len(x))
+    tokens = 8 * sizes["NT"]
     room = 0 if limit is None else tokens * (columns + 64 + columns // 32)
     form = _PLAIN if limit is None else _GATED
     run = kernel("linear.cu", "few", x.device, room, **sizes, PARTS=len(parts), FORM=form, EARLY=int(early))

@@ -19,8 +19,6 @@ from torch import Tensor
 
 _FEW_ROWS = 64
 """Up to so many rows are computed by one thread: sharing them out costs more."""
-
-
 _MORE = 8
 """Rows up to which `_room` looks; three are enough for FBGEMM as it is."""
 

@@ -26,7 +26,7 @@ TOLERANCE = 4e-3
 
 
 def memory_of(ratio: int, slots: int, context: int) -> Memory:
-    """Random rows on random pages; what no token sees is not a number."""
+    """Random rows on random pages."""
     layers = FLASH.num_hidden_layers + FLASH.num_nextn_predict_layers
     config = replace(FLASH, compress_ratios=(ratio,) + (0,) * (layers - 1))
     pages = context // 128
