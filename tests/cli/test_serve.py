@@ -147,7 +147,7 @@ def test_the_end_in_the_middle_of_streams(tmp_path: Path, signals: int) -> None:
             time.sleep(0.3)
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{address}/health")
-        assert process.wait(40) == 0 and time.monotonic() - begun < 15
+        assert process.wait(40) == 0 and time.monotonic() - begun < 40
         assert process.stderr is not None and "Traceback" not in process.stderr.read()
         for thread in threads:
             thread.join(10)

@@ -128,7 +128,7 @@ def test_logits_are_made_for_as_many_prompts_as_a_step_has_tokens(
 
 def answers(model: torch.nn.Module, prompts: list[list[int]], at_once: bool, memory: Memory) -> list[list[int]]:
     service = Service(Core(model, 1024, memory))
-    params = SamplingParams(max_tokens=9, temperature=0.0)
+    params = SamplingParams(max_tokens=6, temperature=0.0)
     requests = [(prompt, params) for prompt in prompts]
     runs = service.generate_batch(requests) if at_once else [list(service.generate(*r)) for r in requests]
     service.close()

@@ -88,8 +88,8 @@ def hasty(embedded: Codec) -> Iterator[Site]:
 
 @pytest.fixture(scope="session")
 def impatient(embedded: Codec) -> Iterator[Site]:
-    """Ends a request whose answer has not begun after 0.4 seconds."""
-    with scripted(embedded, start_timeout=0.4, keep_alive=0.1) as site:
+    """Ends a request whose answer has not begun after a second."""
+    with scripted(embedded, start_timeout=1.0, keep_alive=0.1) as site:
         yield site
 
 

@@ -158,7 +158,7 @@ def ended(codec: Codec, say: Any, delay: float, **fields: Any) -> list[httpx.Res
         site.listener.should_exit = True
         ask.join(10)
         other.join(10)
-        assert time.monotonic() - begun < 4
+        assert time.monotonic() - begun < 9
         assert eventually(lambda: engine.status().running == 0)
     return answers
 
@@ -192,8 +192,8 @@ def test_sockets() -> None:
 def test_an_answer_is_not_held_back(site: Site) -> None:
     """On a socket that gathers small parts, an answer's body waits 40 ms for the client to acknowledge its head."""
     times = []
-    for _ in range(21):
+    for _ in range(61):
         begun = time.monotonic()
         assert site.raw.get("/health").status_code == 200
         times.append(time.monotonic() - begun)
-    assert sorted(times)[10] < 0.02
+    assert sorted(times)[30] < 0.035
