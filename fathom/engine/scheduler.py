@@ -165,7 +165,8 @@ class Scheduler:
         admitted = () if preempted else tuple(self._admit())
         decode = [Piece(s, s.at, 1, True) for s in self._running if s.decoding]
         ends = self._dealer.deal([s for s in self._running if not s.decoding], self.token_budget)
-        prefill = [Piece(s, s.at, end - s.at, end == len(s.ids)) for s, end in ends.items()]
+        reading = [(s, ends[s]) for s in self._running if s in ends]
+        prefill = [Piece(s, s.at, end - s.at, end == len(s.ids)) for s, end in reading]
         return Plan((*decode, *prefill), admitted, preempted)
 
     def advance(self, plan: Plan) -> None:

@@ -60,10 +60,16 @@ class Queue:
 
 
 class Dealer:
-    """Deals a step's prefill tokens, tile by tile, to namespaces in turn; in each to the oldest, then to the next."""
+    """Deals a step's prefill tokens, tile by tile, to namespaces in turn.
+
+    In each every other tile is for the oldest, so that nobody is overtaken for ever, and those between for whoever else
+    has the least left: a question of a line does not wait until a book has been read.
+    """
 
     def __init__(self) -> None:
         self._turns: list[str] = []
+        self._quick: set[str] = set()
+        """Namespaces whose next tile is not for the oldest."""
 
     def deal(self, sequences: Iterable[Sequence], budget: int) -> dict[Sequence, int]:
         """How far each that gets something is computed: to a multiple of 128, or to its last id.
@@ -72,9 +78,11 @@ class Dealer:
         into what is left keeps its namespace's turn for the next step; a shorter end of another prompt may still fit.
         """
         lines = self._lines(sequences)
+        oldest = {line[0] for line in lines.values()}
         ends: dict[Sequence, int] = {}
         while (namespace := next((n for n in self._turns if lines.get(n)), None)) is not None:
-            sequence = lines[namespace][0]
+            others = [s for s in lines[namespace] if s not in oldest] if namespace in self._quick else []
+            sequence = min(others, key=lambda s: len(s.ids) - ends.get(s, s.at), default=lines[namespace][0])
             start = ends.get(sequence, sequence.at)
             end = min(start - start % PAGE + PAGE, len(sequence.ids))
             if end - start > budget:
@@ -82,15 +90,17 @@ class Dealer:
                 continue
             ends[sequence], budget = end, budget - (end - start)
             if end == len(sequence.ids) or sequence.resumable(end):
-                lines[namespace].popleft()
+                lines[namespace].remove(sequence)
+            self._quick ^= {namespace}
             self._turns.remove(namespace)
             self._turns.append(namespace)
         return ends
 
-    def _lines(self, sequences: Iterable[Sequence]) -> dict[str, deque[Sequence]]:
+    def _lines(self, sequences: Iterable[Sequence]) -> dict[str, list[Sequence]]:
         """The sequences of each namespace; a namespace that had none before has its turn after all others."""
-        lines: dict[str, deque[Sequence]] = {}
+        lines: dict[str, list[Sequence]] = {}
         for sequence in sequences:
-            lines.setdefault(sequence.namespace, deque()).append(sequence)
+            lines.setdefault(sequence.namespace, []).append(sequence)
+        self._quick &= lines.keys()
         self._turns = [n for n in self._turns if n in lines] + [n for n in lines if n not in self._turns]
         return lines

@@ -128,6 +128,18 @@ def test_answers_never_wait_for_a_long_prompt() -> None:
         assert all(len(s.ids) == s.prompt + 2 + n for s in answers)
 
 
+def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one() -> None:
+    """Nor a long one for the last of many short ones: each has every other tile."""
+    world = make(pages=2000, slots=9, budget=256)
+    long = world.submit(prompt(32_000), 1, "a")
+    world.step()
+    for n in range(60):
+        short = world.submit(prompt(100, n), 1, "a")
+        before = long.at
+        world.step()
+        assert short.finish and long.at >= before + 128
+
+
 def test_resume_points_end_a_chunk() -> None:
     world = make(budget=4096)
     sequence = world.submit(prompt(1000), 1, "a", keep=(300, 5000, 0))

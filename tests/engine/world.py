@@ -272,27 +272,37 @@ class World:
         assert plan.pieces or not running, "something runs, but nothing goes on"
 
     def check_shares(self, plan: Plan) -> None:
-        """Prefill: oldest first in a namespace, nothing of the budget wasted, no namespace skipped for long."""
+        """Prefill: a namespace's oldest and its shortest, nothing of the budget wasted, neither skipped for long."""
         size = self.memory.page
         ends = {p.sequence: p.end for p in plan.pieces}
         left = self.scheduler.token_budget
-        heads: dict[str, Sequence] = {}
-        stuck: set[str] = set()
+        lines: dict[str, list[Sequence]] = {}
+        stuck: dict[str, list[Sequence]] = {}
         for s in self.scheduler.running:
             if s.at >= s.prompt and len(s.ids) == s.at + 1:
                 continue
-            heads.setdefault(s.namespace, s)
+            lines.setdefault(s.namespace, []).append(s)
             end = ends.get(s, s.at)
             left -= end - s.at
-            assert s not in ends or s.namespace not in stuck, "a younger prompt overtook an older one of its namespace"
             if not (end == len(s.ids) or (end > s.at and s.resumable(end))):
-                stuck.add(s.namespace)
+                stuck.setdefault(s.namespace, []).append(s)
         assert left < size or not stuck, "budget was left, and someone could have used it"
-        for s in heads.values():
+        for line in stuck.values():
+            rest = [len(s.ids) - ends.get(s, s.at) for s in line]
+            for s, own in list(zip(line, rest, strict=True))[1:]:
+                assert s not in ends or own == min(rest[1:]), "overtook an older one and a shorter one"
+        for line in lines.values():
+            self.check_waits(line, ends)
+
+    def check_waits(self, line: list[Sequence], ends: dict[Sequence, int]) -> None:
+        """The oldest of a namespace, and the one with the least left of the others: each has every other turn."""
+        due = line[0], min(line[1:], key=lambda s: len(s.ids) - s.at, default=line[0])
+        for s in line:
             watch = self.watches[s]
-            watch.skipped = 0 if s in ends else watch.skipped + 1
-            # Each step begins with whose turn it is, so a namespace moves up by one at least.
-            assert watch.skipped < len(self.fresh), "a prompt starved"
+            watch.skipped = watch.skipped + 1 if s in due and s not in ends else 0
+            # Each step begins with whose turn it is, so a namespace moves up by one at least. Each has a turn in two,
+            # or in three, where somebody has become the oldest just before the turn that is not the oldest's.
+            assert watch.skipped < 3 * len(self.fresh), "a prompt starved"
 
     def check_admission(self, plan: Plan) -> None:
         """Pre-empted ones first; then in order of arrival within a namespace, and namespaces in turn."""

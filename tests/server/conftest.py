@@ -109,11 +109,11 @@ def small_bodies(embedded: Codec) -> Iterator[Site]:
 
 @pytest.fixture(scope="session")
 def open_real(embedded: Codec) -> Opener:
-    """A function that serves the embedded model; `disk`: a folder for its cache."""
+    """A function that serves the embedded model; `disk`: a folder for its cache; `device`: bytes for a prompt's."""
 
     @contextlib.contextmanager
-    def opened(disk: Path | None = None) -> Iterator[Site]:
-        llm = LLM.load("small", memory=Memory(device=64 << 20, host=64 << 20, disk=256 << 20, folder=disk))
+    def opened(disk: Path | None = None, device: int = 64 << 20) -> Iterator[Site]:
+        llm = LLM.load("small", memory=Memory(device=device, host=64 << 20, disk=256 << 20, folder=disk))
         with serving(llm, embedded, desk(embedded, llm.context), ServerSettings()) as site:
             yield site
         llm.close()
