@@ -97,7 +97,7 @@ def beside(site: Site, prompt: int, chats: int) -> tuple[list[list[float]], floa
     long = {"json": body("7" * prompt, max_tokens=1), "timeout": 600}
     with ThreadPoolExecutor(chats) as pool:
         running = [pool.submit(arrivals, site, f"sort: 9, 3, 7, 1, {n}", 100) for n in range(chats)]
-        time.sleep(0.5)
+        time.sleep(0.2)
         begun = time.monotonic()
         answer = httpx.post(site.url + "/chat/completions", **long)
         assert answer.status_code == 200, answer.text
