@@ -19,6 +19,7 @@ from fathom.model.hyper import HyperParameters
 from fathom.model.layers import Linear, Numerics
 from fathom.model.moe import Experts, Gate
 from fathom.model.transformer import Transformer
+from fathom.parallel.plan import cut_of, expert_share, rank_model, share
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -35,19 +36,21 @@ def load_model(
     dense: bool = True,
     verify: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    rank: int = 0,
+    tp: int = 1,
 ) -> Transformer:
     """A checkpoint in the published layout as a model, in evaluation mode, its parameters frozen.
 
     numerics: by default float32, with the activation quantisers on exactly if a weight is stored quantised.
     dense: widen FP8 and FP4 weights to the compute dtype, exactly, as `Transformer.densify` does; else they stay as is.
-    verify: also look for NaN and infinity in weights, not only in scales.
+    verify: also look for NaN and infinity in weights, not only in scales. rank, tp: of so many ranks the share of one.
     Raises ConfigError and CheckpointError; names, shapes and dtypes are checked before any data is read.
     """
     checkpoint = Checkpoint(folder)
     numerics = numerics or Numerics(quantize=checkpoint.quantised)
     with torch.device("meta"):
-        model = Transformer(checkpoint.config, numerics)
-    loader = _Loader(checkpoint, torch.device(device), verify, Meter(checkpoint.bytes, progress))
+        model = rank_model(checkpoint.config, numerics, tp)
+    loader = _Loader(checkpoint, torch.device(device), verify, Meter(checkpoint.bytes, progress), rank, tp)
     groups = [(path, list(group)) for path, group in groupby(checkpoint.entries, key=lambda entry: entry.module)]
     for _, group in groups:
         loader.check(group)
@@ -60,6 +63,15 @@ def load_model(
     return model.eval()
 
 
+def share_bytes(checkpoint: Checkpoint, tp: int) -> int:
+    """Bytes of one rank's weights as stored."""
+    tensors, total = checkpoint.reader.tensors, 0
+    for entry in checkpoint.entries:
+        stored = sum(tensors[name].size for name in {entry.name, entry.scale} if name in tensors)
+        total += stored // tp if cut_of(entry.parameter) else stored
+    return total
+
+
 def check_drafting(config: ModelConfig) -> None:
     """Raises CheckpointError where a model of this configuration has no MTP block to draft with. Reference 3.4."""
     if config.dspark is not None:
@@ -70,10 +82,13 @@ def check_drafting(config: ModelConfig) -> None:
 
 
 class _Loader:
-    """Fills modules from a checkpoint."""
+    """Fills modules from a checkpoint, with what rank `rank` of `tp` holds."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, verify: bool, meter: Meter) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, verify: bool, meter: Meter, rank: int, tp: int
+    ) -> None:
         self.checkpoint, self.device, self.verify, self.meter = checkpoint, device, verify, meter
+        self.rank, self.tp = rank, tp
 
     def check(self, group: Sequence[Entry]) -> None:
         """Whether the experts of a layer can be stacked as they are stored. Raises CheckpointError."""
@@ -100,16 +115,22 @@ class _Loader:
             weight = weight.float()
         if entry.kind == "table":
             weight = weight.long()
-        return weight.to(self.device), None if scale is None else scale.to(self.device)
+        return self._placed(entry, weight), None if scale is None else self._placed(entry, scale)
+
+    def _placed(self, entry: Entry, tensor: Tensor) -> Tensor:
+        cut = share if entry.expert is None else expert_share
+        return cut(entry.parameter, tensor, self.rank, self.tp).to(self.device)
 
     def _stack(self, group: Sequence[Entry], name: str) -> tuple[Tensor, Tensor | None]:
         """The experts' matrices of one parameter in one tensor, and their scales in another."""
         parts = [entry for entry in group if entry.parameter.endswith(name)]
         form, stored = self._common_form(parts)
         halves = 2 if name == "w13" else 1
+        whole = (torch.empty(spec.shape, dtype=torch.uint8, device="meta") for spec in specs(parts[0], form))
+        shapes = [expert_share(parts[0].parameter, tensor, self.rank, self.tp).shape for tensor in whole]
         stacks = [
-            torch.empty(len(parts) // halves, halves * s.shape[0], s.shape[1], dtype=d, device=self.device)
-            for s, d in zip(specs(parts[0], form), stored, strict=True)
+            torch.empty(len(parts) // halves, halves * rows, columns, dtype=dtype, device=self.device)
+            for (rows, columns), dtype in zip(shapes, stored, strict=True)
         ]
         for i, entry in enumerate(parts):
             for stack, tensor in zip(stacks, self._read(entry), strict=False):

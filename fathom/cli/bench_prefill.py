@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from fathom.engine.request import Sequence as Request
     from fathom.model.transformer import Transformer
 
 
@@ -119,15 +118,15 @@ class Prompt:
         self.starts = list(range(0, len(ids), chunk))
         self._size = chunk
         self._runner = DeviceRunner(model, self.cache, Steps(model, self.cache))
-        self._sequence = _sequence(ids, pages)
+        self._ids, self._pages = ids, list(range(pages))
 
     def chunk(self, number: int) -> Tensor:
         """Compute one chunk; the last gives logits [1, V], the others none."""
-        from fathom.engine.scheduler import Piece, Plan
+        from fathom.engine.runner import Work
 
-        start, whole = self.starts[number], self._sequence.prompt
-        count = min(self._size, whole - start)
-        return self._runner.run(Plan((Piece(self._sequence, start, count, start + count == whole),)))
+        start, whole = self.starts[number], len(self._ids)
+        end = min(start + self._size, whole)
+        return self._runner.run([Work(0, self._pages, whole, start, self._ids[start:end], end == whole)])
 
     def all(self) -> Tensor:
         """Compute the prompt; logits [1, V] of its last token."""
@@ -139,15 +138,6 @@ class Prompt:
         """Compute chunks of every kind, so that kernels are compiled."""
         for number in sorted({0, *range(min(_WARM, len(self.starts))), len(self.starts) - 1}):
             self.chunk(number)
-
-
-def _sequence(ids: Sequence[int], pages: int) -> Request:
-    from fathom.api import GenerateRequest
-    from fathom.engine.request import Sequence
-
-    sequence = Sequence.open(GenerateRequest(prompt_ids=ids), pages * PAGE)
-    sequence.slot, sequence.pages = 0, list(range(pages))
-    return sequence
 
 
 def seconds_of(call: Callable[[], object]) -> float:

@@ -14,6 +14,7 @@ from fathom.engine.memory import Memory, furnish, prefill_tokens
 from fathom.engine.pages import PagePool
 from fathom.engine.prefix import PrefixCache
 from fathom.engine.request import PAGE, Sequence
+from fathom.engine.runner import Work
 from fathom.engine.sampler import Sampler, choose
 from fathom.engine.scheduler import Plan, Scheduler
 from fathom.errors import ConfigError, ContextError, FathomError, PromptError
@@ -98,7 +99,7 @@ class Core:
             return False
         sampling = [piece.sequence for piece in plan.pieces if piece.samples]
         try:
-            logits = self._runner.run(plan)
+            logits = self._runner.run([Work.of(piece) for piece in plan.pieces])
             choices = choose(logits, [self._samplers[s] for s in sampling]) if sampling else []
         except Exception as error:
             self._fail(plan, error)

@@ -1,8 +1,9 @@
-"""A plan's pieces through the model: ids in, logits out."""
+"""A step's work through the model: ids in, logits out. It knows of no request."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,17 +13,54 @@ from fathom.engine.cache import PagedCache
 from fathom.engine.device_cache import DeviceCache
 from fathom.engine.graphs import MOST, Steps
 from fathom.engine.request import PAGE, pages_for
-from fathom.engine.scheduler import Piece, Plan
+from fathom.engine.scheduler import Piece
 from fathom.errors import ConfigError
 from fathom.model.batch import DECODE_TOKENS, Batch, Span
 from fathom.model.transformer import Transformer
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens of a sequence from position `start` on, that has `pages` and of whose ids the first `prompt` were given.
+
+    samples: its last row gives a new token.
+    """
+
+    slot: int
+    pages: Sequence[int]
+    prompt: int
+    start: int
+    tokens: Sequence[int]
+    samples: bool
+
+    @staticmethod
+    def of(piece: Piece) -> Work:
+        """A piece of a plan."""
+        sequence, ids = piece.sequence, piece.sequence.ids[piece.start : piece.end]
+        assert sequence.slot is not None
+        return Work(sequence.slot, sequence.pages, sequence.prompt, piece.start, ids, piece.samples)
+
+    @property
+    def end(self) -> int:
+        """The position after its last token."""
+        return self.start + len(self.tokens)
+
+    @property
+    def border(self) -> int:
+        """Where in it the prompt ends and what was sampled begins."""
+        return min(max(self.start, self.prompt), self.end)
+
+    @property
+    def is_token(self) -> bool:
+        """Whether it is one sampled token."""
+        return self.samples and len(self.tokens) == 1 and self.start >= self.prompt
+
+
 class Runner(Protocol):
     """One model over one cache."""
 
-    def run(self, plan: Plan) -> Tensor:
-        """Compute all pieces; float32 logits [S, V] of the S that sample, in the plan's order."""
+    def run(self, works: Sequence[Work]) -> Tensor:
+        """Compute all of a step, one work a sequence; float32 logits [S, V] of the S that sample, in their order."""
 
 
 class TileRunner:
@@ -32,22 +70,22 @@ class TileRunner:
         self.model, self.cache = model.eval(), cache
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> Tensor:
+    def run(self, works: Sequence[Work]) -> Tensor:
         """See `Runner`."""
-        ids = [i for piece in plan.pieces for i in piece.sequence.ids[piece.start : piece.end]]
-        spans, rows = self._spans(plan)
+        ids = [i for work in works for i in work.tokens]
+        spans, rows = self._spans(works)
         batch = Batch.step(spans, wanted="last", device=self.cache.device)
         x_RnD = self.model(torch.tensor(ids, device=self.cache.device), batch, self.cache)
         return self.model.logits(x_RnD if len(rows) == len(spans) else x_RnD[rows]).float()
 
-    def _spans(self, plan: Plan) -> tuple[list[Span], list[int]]:
-        """The spans of all pieces, and which of them end where a token is to be sampled."""
+    def _spans(self, works: Sequence[Work]) -> tuple[list[Span], list[int]]:
+        """The spans of all works, and which of them end where a token is to be sampled."""
         spans: list[Span] = []
         rows = []
-        for piece in plan.pieces:
-            slot = _bound(piece, self.cache)
-            spans += [Span(start, end - start, slot) for start, end in _cuts(piece)]
-            if piece.samples:
+        for work in works:
+            self.cache.bind(work.slot, work.pages)
+            spans += [Span(start, end - start, work.slot) for start, end in _cuts(work)]
+            if work.samples:
                 rows.append(len(spans) - 1)
         return spans, rows
 
@@ -62,18 +100,17 @@ class DeviceRunner:
         self.model, self.cache, self.steps = model.eval(), cache, steps
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> Tensor:
+    def run(self, works: Sequence[Work]) -> Tensor:
         """See `Runner`."""
-        for piece in plan.pieces:
-            _bound(piece, self.cache)
-        logits: dict[Piece, Tensor] = {}
-        single = [piece for piece in plan.pieces if _is_token(piece)]
-        logits |= zip(single, self._step(single) if single else (), strict=True)
-        prompts = [piece for piece in plan.pieces if piece not in logits]
-        logits |= self._prompts([piece for piece in prompts if piece.start < piece.sequence.prompt])
-        for piece in prompts:
-            logits |= self._again(piece)
-        rows = [logits[piece] for piece in plan.pieces if piece.samples]
+        for work in works:
+            self.cache.bind(work.slot, work.pages)
+        single = [work for work in works if work.is_token]
+        logits = dict(zip((w.slot for w in single), self._step(single) if single else (), strict=True))
+        others = [work for work in works if not work.is_token]
+        logits |= self._prompts([work for work in others if work.start < work.prompt])
+        for work in others:
+            logits |= self._again(work)
+        rows = [logits[work.slot] for work in works if work.samples]
         return torch.stack(rows) if rows else torch.empty(0, self.model.config.vocab_size, device=self.cache.device)
 
     @torch.inference_mode()
@@ -95,61 +132,45 @@ class DeviceRunner:
         ids = torch.zeros(len(batch.positions), dtype=torch.long, device=self.cache.device)
         self.model.logits(self.model(ids, batch, self.cache))
 
-    def _step(self, pieces: list[Piece]) -> Tensor:
+    def _step(self, works: list[Work]) -> Tensor:
         """The next token of every sequence."""
-        parts = [self._together(pieces[i : i + MOST]) for i in range(0, len(pieces), MOST)]
+        parts = [self._together(works[i : i + MOST]) for i in range(0, len(works), MOST)]
         return torch.cat(parts)
 
-    def _together(self, pieces: list[Piece]) -> Tensor:
-        starts = [piece.start for piece in pieces]
-        return self.steps.run([p.sequence.ids[p.start] for p in pieces], starts, [_slot(p) for p in pieces]).clone()
+    def _together(self, works: list[Work]) -> Tensor:
+        tokens, starts = [work.tokens[0] for work in works], [work.start for work in works]
+        return self.steps.run(tokens, starts, [work.slot for work in works]).clone()
 
-    def _prompts(self, pieces: list[Piece]) -> dict[Piece, Tensor]:
-        """The parts of pieces that belong to prompts, all at once; logits of those that end there and sample."""
-        if not pieces:
+    def _prompts(self, works: list[Work]) -> dict[int, Tensor]:
+        """The parts that belong to prompts, all at once; by slot, logits of those that end there and sample."""
+        if not works:
             return {}
-        ends = [min(piece.end, piece.sequence.prompt) for piece in pieces]
-        spans = [Span(p.start, end - p.start, _slot(p)) for p, end in zip(pieces, ends, strict=True)]
-        ids = [i for p, end in zip(pieces, ends, strict=True) for i in p.sequence.ids[p.start : end]]
+        spans = [Span(w.start, w.border - w.start, w.slot) for w in works]
+        ids = [i for w in works for i in w.tokens[: w.border - w.start]]
         batch = Batch.pieces(spans, self.cache.device)
         ids += [0] * (len(batch.positions) - len(ids))
         x_RnD = self.model(torch.tensor(ids, device=self.cache.device), batch, self.cache)
-        rows = [i for i, (p, end) in enumerate(zip(pieces, ends, strict=True)) if p.samples and p.end == end]
+        rows = [i for i, w in enumerate(works) if w.samples and w.end == w.border]
         # As few rows at a time as in a step: of more, the head's product belongs to another class.
         logits = [row for i in range(0, len(rows), MOST) for row in self.model.logits(x_RnD[rows[i : i + MOST]])]
-        return dict(zip((pieces[i] for i in rows), logits, strict=True))
+        return dict(zip((works[i].slot for i in rows), logits, strict=True))
 
-    def _again(self, piece: Piece) -> dict[Piece, Tensor]:
-        """What a piece has of tokens that were sampled before."""
+    def _again(self, work: Work) -> dict[int, Tensor]:
+        """What a work has of tokens that were sampled before."""
         last = None
-        for start in range(max(piece.start, piece.sequence.prompt), piece.end, DECODE_TOKENS):
-            at = range(start, min(start + DECODE_TOKENS, piece.end))
-            last = self.steps.run([piece.sequence.ids[p] for p in at], at, [_slot(piece)] * len(at))[-1]
-        return {piece: last.clone()} if last is not None else {}
+        for start in range(work.border, work.end, DECODE_TOKENS):
+            at = range(start, min(start + DECODE_TOKENS, work.end))
+            tokens = work.tokens[at.start - work.start : at.stop - work.start]
+            last = self.steps.run(tokens, at, [work.slot] * len(at))[-1]
+        return {work.slot: last.clone()} if last is not None else {}
 
 
-def _slot(piece: Piece) -> int:
-    assert piece.sequence.slot is not None
-    return piece.sequence.slot
-
-
-def _bound(piece: Piece, cache: PagedCache | DeviceCache) -> int:
-    cache.bind(_slot(piece), piece.sequence.pages)
-    return _slot(piece)
-
-
-def _is_token(piece: Piece) -> bool:
-    """Whether a piece is one sampled token."""
-    return piece.samples and piece.end == piece.start + 1 and piece.start >= piece.sequence.prompt
-
-
-def _cuts(piece: Piece) -> Iterator[tuple[int, int]]:
+def _cuts(work: Work) -> Iterator[tuple[int, int]]:
     """The prompt's part in one; what was sampled, if it is computed again, so that it is computed as it was at first.
 
     That is as decode, token by token: the model does so for spans of at most `DECODE_TOKENS`.
     """
-    border = min(max(piece.start, piece.sequence.prompt), piece.end)
-    if border > piece.start:
-        yield piece.start, border
-    for start in range(border, piece.end, DECODE_TOKENS):
-        yield start, min(start + DECODE_TOKENS, piece.end)
+    if work.border > work.start:
+        yield work.start, work.border
+    for start in range(work.border, work.end, DECODE_TOKENS):
+        yield start, min(start + DECODE_TOKENS, work.end)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +57,16 @@ def cut_of(name: str) -> Cut | None:
 
 def share(name: str, tensor: Tensor, rank: int, tp: int) -> Tensor:
     """The part of a parameter, in any stored form of a checkpoint, that rank `rank` of `tp` holds: a copy if cut."""
+    return _part(tensor, cut_of(name), rank, tp)
+
+
+def expert_share(name: str, matrix: Tensor, rank: int, tp: int) -> Tensor:
+    """The same of one expert's matrix, as a checkpoint has it, of those that are stacked in the parameter `name`."""
     cut = cut_of(name)
+    return _part(matrix, cut and Cut(cut.axis - 1), rank, tp)
+
+
+def _part(tensor: Tensor, cut: Cut | None, rank: int, tp: int) -> Tensor:
     if cut is None or tp == 1:
         return tensor
     plain = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor  # few ops know 8-bit floats
@@ -95,6 +106,26 @@ def rank_model(config: ModelConfig, numerics: Numerics, tp: int) -> Transformer:
     if tp > 1:
         model.head = Linear(config.hidden_size, config.vocab_size // tp)
     return model
+
+
+class Ranks(Protocol):
+    """Who this process is among `count` that hold one model together, and how they exchange: `tensor.Ranks`."""
+
+    rank: int
+    count: int
+
+    def sum(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' parts, the same bits on every rank and for every row whatever the others are."""
+
+    def gathered(self, part: Tensor, axis: int = -1) -> Tensor:
+        """All ranks' parts end to end along an axis."""
+
+
+def meet(model: Transformer, ranks: Ranks) -> None:
+    """Have a rank's model compute what the whole would: sums, logits, and of index choices a part each."""
+    summed(model, ranks.sum)
+    model.share_index(ranks.rank, ranks.count, partial(ranks.gathered, axis=0))
+    model.gather_logits = ranks.gathered
 
 
 def summed(model: Transformer, reduce: Callable[[Tensor], Tensor]) -> list[torch.utils.hooks.RemovableHandle]:

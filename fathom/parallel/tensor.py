@@ -1,30 +1,38 @@
 """One process a GPU: the sums over ranks that the plan leaves open, as torchrun's processes make them.
 
 Small sums go through symmetric memory: every rank reads the others' parts itself, in one launch, which a CUDA graph can
-hold. Large ones, and those on a CPU, go through the process group.
+hold. Large ones, and those on a CPU, go through the process group. Either way a sum does not depend on what else is
+summed with it: of two parts there is only one, and of more they are added in the order of the ranks.
 """
 
 from __future__ import annotations
 
 import os
+from functools import reduce
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SMALL = 1 << 18
-"""Bytes up to which one launch is faster than the process group."""
+SMALL = 1 << 19
+"""Bytes of a sum that takes one launch: a decode step's is below, of every published model, and a prompt's above."""
 
 
 class Ranks:
-    """The process group that torchrun's environment describes, joined; this process computes on `device`."""
+    """This process among `count` that hold one model, joined; it computes on `device`. On a GPU each has its own.
 
-    def __init__(self, kind: str = "cuda") -> None:
-        self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    store: where the processes of one host meet; without it, torchrun's environment describes them.
+    """
+
+    def __init__(self, kind: str = "cuda", rank: int = 0, count: int = 1, store: dist.TCPStore | None = None) -> None:
+        local = rank
+        if store is None:
+            rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        self.rank, self.count = rank, count
+        self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
             torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=count)
         assert dist.group.WORLD is not None
         self._group = dist.group.WORLD.group_name
         self._shared = self._meet() if kind == "cuda" else None
@@ -35,14 +43,20 @@ class Ranks:
             room = self._shared[: part.numel()].view(part.shape)
             return torch.ops.symm_mem.one_shot_all_reduce_copy(room, part.contiguous(), "sum", self._group)
         part = part.contiguous()
+        if self.count > 2:
+            return reduce(torch.add, self._all(part))
         dist.all_reduce(part)
         return part
 
-    def gathered(self, part: Tensor) -> Tensor:
-        """All ranks' parts end to end along the last axis: logits."""
+    def gathered(self, part: Tensor, axis: int = -1) -> Tensor:
+        """All ranks' parts end to end along an axis."""
+        return torch.cat(self._all(part.contiguous()), axis)
+
+    def _all(self, part: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(part) for _ in range(self.count)]
-        dist.all_gather(parts, part.contiguous())
-        return torch.cat(parts, -1)
+        if part.numel():
+            dist.all_gather(parts, part)
+        return parts
 
     def _meet(self) -> Tensor:
         """Memory that all ranks of a host see."""

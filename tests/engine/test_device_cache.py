@@ -22,9 +22,7 @@ from fathom.engine.engine import Core
 from fathom.engine.graphs import MOST, Graphs, Steps
 from fathom.engine.llm import LLM
 from fathom.engine.memory import Memory
-from fathom.engine.request import Sequence
-from fathom.engine.runner import DeviceRunner
-from fathom.engine.scheduler import Piece, Plan
+from fathom.engine.runner import DeviceRunner, Work
 from fathom.engine.service import Service
 from fathom.errors import ConfigError, ContextError
 from fathom.model.batch import Batch, Span
@@ -114,16 +112,14 @@ def test_logits_are_made_for_as_many_prompts_as_a_step_has_tokens(
     """More rows would be another class of products: a row's bits would depend on its company."""
     count, rows = MOST + 3, []
     cache = DeviceCache(CONFIG, count, count, 128, "cpu")
-    pieces = []
+    works = []
     for slot in range(count):
-        sequence = Sequence.open(GenerateRequest(prompt_ids=[slot + 3]), 128)
-        sequence.slot, sequence.pages = slot, [slot]
-        pieces.append(Piece(sequence, 0, 1, True))
+        works.append(Work(slot, [slot], 1, 0, [slot + 3], True))
     runner, logits = DeviceRunner(model, cache, Steps(model, cache)), model.logits
     monkeypatch.setattr(model, "logits", lambda x: rows.append(len(x)) or logits(x))
-    together = runner.run(Plan(tuple(pieces)))
+    together = runner.run(works)
     assert rows == [MOST, 3] and together.shape == (count, CONFIG.vocab_size)
-    assert torch.equal(runner.run(Plan((pieces[-1],)))[0].argmax(), together[-1].argmax())
+    assert torch.equal(runner.run(works[-1:])[0].argmax(), together[-1].argmax())
 
 
 def answers(model: torch.nn.Module, prompts: list[list[int]], at_once: bool, memory: Memory) -> list[list[int]]:
@@ -186,10 +182,10 @@ def test_memory_that_runs_out_while_a_prompt_is_read_ends_that_request_alone(
         core.step()
     prompts = DeviceRunner._prompts
 
-    def scarce(runner: DeviceRunner, pieces: list[Piece]) -> dict[Piece, Tensor]:
-        if pieces:
+    def scarce(runner: DeviceRunner, works: list[Work]) -> dict[int, Tensor]:
+        if works:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return prompts(runner, pieces)
+        return prompts(runner, works)
 
     monkeypatch.setattr(DeviceRunner, "_prompts", scarce)
     core.add(GenerateRequest(prompt_ids=ids(2, 300).tolist(), params=params), events[1].append)
