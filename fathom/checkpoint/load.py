@@ -19,7 +19,8 @@ from fathom.model.hyper import HyperParameters
 from fathom.model.layers import Linear, Numerics
 from fathom.model.moe import Experts, Gate
 from fathom.model.transformer import Transformer
-from fathom.parallel.plan import cut_of, expert_share, rank_model, share
+from fathom.parallel.plan import cut_of, expert_share, rank_model
+from fathom.parallel.plan import share as rank_share
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -36,21 +37,20 @@ def load_model(
     dense: bool = True,
     verify: bool = False,
     progress: Callable[[Progress], None] | None = None,
-    rank: int = 0,
-    tp: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> Transformer:
     """A checkpoint in the published layout as a model, in evaluation mode, its parameters frozen.
 
     numerics: by default float32, with the activation quantisers on exactly if a weight is stored quantised.
     dense: widen FP8 and FP4 weights to the compute dtype, exactly, as `Transformer.densify` does; else they stay as is.
-    verify: also look for NaN and infinity in weights, not only in scales. rank, tp: of so many ranks the share of one.
+    verify: also look for NaN and infinity in weights, not only in scales. share: of which rank of how many.
     Raises ConfigError and CheckpointError; names, shapes and dtypes are checked before any data is read.
     """
     checkpoint = Checkpoint(folder)
     numerics = numerics or Numerics(quantize=checkpoint.quantised)
     with torch.device("meta"):
-        model = rank_model(checkpoint.config, numerics, tp)
-    loader = _Loader(checkpoint, torch.device(device), verify, Meter(checkpoint.bytes, progress), rank, tp)
+        model = rank_model(checkpoint.config, numerics, share[1])
+    loader = _Loader(checkpoint, torch.device(device), verify, Meter(checkpoint.bytes, progress), share)
     groups = [(path, list(group)) for path, group in groupby(checkpoint.entries, key=lambda entry: entry.module)]
     for _, group in groups:
         loader.check(group)
@@ -82,13 +82,13 @@ def check_drafting(config: ModelConfig) -> None:
 
 
 class _Loader:
-    """Fills modules from a checkpoint, with what rank `rank` of `tp` holds."""
+    """Fills modules from a checkpoint, with what one rank of several holds."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, verify: bool, meter: Meter, rank: int, tp: int
+        self, checkpoint: Checkpoint, device: torch.device, verify: bool, meter: Meter, share: tuple[int, int]
     ) -> None:
         self.checkpoint, self.device, self.verify, self.meter = checkpoint, device, verify, meter
-        self.rank, self.tp = rank, tp
+        self.share = share
 
     def check(self, group: Sequence[Entry]) -> None:
         """Whether the experts of a layer can be stacked as they are stored. Raises CheckpointError."""
@@ -118,8 +118,8 @@ class _Loader:
         return self._placed(entry, weight), None if scale is None else self._placed(entry, scale)
 
     def _placed(self, entry: Entry, tensor: Tensor) -> Tensor:
-        cut = share if entry.expert is None else expert_share
-        return cut(entry.parameter, tensor, self.rank, self.tp).to(self.device)
+        cut = rank_share if entry.expert is None else expert_share
+        return cut(entry.parameter, tensor, *self.share).to(self.device)
 
     def _stack(self, group: Sequence[Entry], name: str) -> tuple[Tensor, Tensor | None]:
         """The experts' matrices of one parameter in one tensor, and their scales in another."""
@@ -127,7 +127,7 @@ class _Loader:
         form, stored = self._common_form(parts)
         halves = 2 if name == "w13" else 1
         whole = (torch.empty(spec.shape, dtype=torch.uint8, device="meta") for spec in specs(parts[0], form))
-        shapes = [expert_share(parts[0].parameter, tensor, self.rank, self.tp).shape for tensor in whole]
+        shapes = [expert_share(parts[0].parameter, tensor, *self.share).shape for tensor in whole]
         stacks = [
             torch.empty(len(parts) // halves, halves * rows, columns, dtype=dtype, device=self.device)
             for (rows, columns), dtype in zip(shapes, stored, strict=True)

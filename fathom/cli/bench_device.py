@@ -19,8 +19,6 @@ from fathom.config import ModelConfig, preset
 from fathom.errors import CheckpointError, ConfigError, ContextError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from fathom.model.transformer import Transformer
@@ -98,11 +96,7 @@ def whole_config(job: DeviceJob) -> ModelConfig:
     config = preset(job.model) if named else ModelConfig.load(job.model)
     if job.synthetic:
         return _of_layers(config, _ratios(job, config))
-    for flag, given in (
-        ("layers", job.layers),
-        ("ratios", job.ratios),
-        ("tp" if job.together else "rank-of-two", job.ranks > 1),
-    ):
+    for flag, given in (("layers", job.layers), ("ratios", job.ratios)):
         if given:
             raise ConfigError(f"--{flag} changes the model: add --synthetic, for random weights of its sizes")
     return config
@@ -157,34 +151,32 @@ def model_on(job: DeviceJob, config: ModelConfig, place: torch.device) -> tuple[
     import torch
 
     from fathom.checkpoint.synthetic import synthetic_model
-    from fathom.engine.llm import model_folder
     from fathom.model.layers import Numerics
     from fathom.model.moe import Experts
-    from fathom.parallel.plan import summed
+    from fathom.parallel.plan import meet
 
     begin = time.perf_counter()
     if job.synthetic:
         model = synthetic_model(config, Numerics(torch.bfloat16, quantize=True), place, tp=job.ranks)
     else:
-        model = _loaded(model_folder(job.model), place)
+        model = _loaded(job, place)
     for module in model.modules():
         if isinstance(module, Experts):
             module.place()
     if job.together:
-        summed(model, ranks().sum)
+        meet(model, ranks())
+    elif job.ranks > 1:
+        model.share_index(0, job.ranks)
     torch.cuda.synchronize(place)
     return model, model.config, time.perf_counter() - begin
 
 
-def _loaded(folder: Path, place: torch.device) -> Transformer:
-    import torch
+def _loaded(job: DeviceJob, place: torch.device) -> Transformer:
+    from fathom.engine.llm import load_part, model_folder
+    from fathom.engine.team import Part
 
-    from fathom.checkpoint.folder import Checkpoint
-    from fathom.checkpoint.load import load_model
-    from fathom.model.layers import Numerics
-
-    numerics = Numerics(torch.bfloat16, Checkpoint(folder).quantised)
-    return load_model(folder, numerics=numerics, device=place, dense=False)
+    rank = ranks().rank if job.together else 0
+    return load_part(Part(folder=model_folder(job.model), device=str(place), rank=rank, tp=job.ranks))
 
 
 def asked(job: DeviceJob, config: ModelConfig) -> dict[str, Any]:

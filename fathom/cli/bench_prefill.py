@@ -47,7 +47,7 @@ class PrefillBench:
         self.model, self.config, loading = model_on(job, config, place)
         weights = sum(p.nbytes for p in self.model.parameters())
         self.about: dict[str, Any] = {"weights_bytes": weights, "weights_seconds": loading}
-        self.index_share = index_shared(self.model, job.ranks)
+        self.index_share = 1 / job.ranks
 
     def row(self, tokens: int, runs: int, samples: int = 0) -> dict[str, Any]:
         """One line of the table. samples: so many chunks alone, spread over the prompt; 0: the prompt, `runs` times."""
@@ -80,15 +80,6 @@ class PrefillBench:
             "floor_seconds": prompt_seconds(self.config, tokens, index_share=self.index_share),
             "index_share": self.index_share,
         }
-
-
-def index_shared(model: Transformer, ranks: int) -> float:
-    """Have the rank score only its part of each chunk's index queries, where the model can: what part that is."""
-    switch = getattr(model, "share_index", None)
-    if ranks == 1 or switch is None:
-        return 1.0
-    switch(0, ranks)
-    return 1 / ranks
 
 
 def chunk_sizes(tokens: int, chunk: int) -> list[int]:

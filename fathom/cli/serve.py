@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import sys
+import time
 import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from fathom.encoding.desk import Desk
     from fathom.engine.llm import LLM
     from fathom.engine.memory import Memory
+    from fathom.engine.team import Team
     from fathom.server.books import Books
 
 _GB = 1_000_000_000
@@ -43,6 +48,7 @@ def serve(
     kv_disk_dir: Annotated[Path | None, typer.Option(help="A folder for prefixes that survive a restart.")] = None,
     kv_disk_gb: Annotated[float, typer.Option(help="The most that this folder holds, in GB.")] = 4.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    tp: Annotated[int, typer.Option(min=1, help="GPUs that hold the model together, each a part of it.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of the CPU.")] = None,
     dialect: Annotated[str | None, typer.Option(help="Prompt dialect: april or 0813.")] = None,
     strict_deepseek_compat: Annotated[bool, typer.Option(help="Refuse what the hosted service refuses.")] = False,
@@ -99,7 +105,7 @@ def serve(
         folder=folder / "kv" if folder else None,
         slots=max_seqs,
     )
-    llm, codec = _load(model, dialect, device, threads, max_context, memory)
+    llm, codec = _load(model, dialect, device, tp, threads, max_context, memory)
     names = served_names(llm.model.config, model)
     replay = ReplayStore(folder / "replay" if folder else None)
     desk = Desk(codec, names, llm.context, strict=strict_deepseek_compat, users=isolate_messages_users, replay=replay)
@@ -124,7 +130,13 @@ def _check_origin(origin: str) -> None:
 
 
 def _load(
-    model: str, dialect: str | None, device: str, threads: int | None, max_context: int | None, memory: Memory
+    model: str,
+    dialect: str | None,
+    device: str,
+    tp: int,
+    threads: int | None,
+    max_context: int | None,
+    memory: Memory,
 ) -> tuple[LLM, Codec]:
     from fathom.cli.screen import Loading, tell_of_device
     from fathom.config import ModelConfig
@@ -137,7 +149,7 @@ def _load(
     context = max_context or codec.settings.context
     loading = Loading(after=1.0)
     tell_of_device(device)
-    llm = LLM.load(folder, device=device, threads=threads, max_context=context, memory=memory, progress=loading)
+    llm = LLM.load(folder, device=device, threads=threads, max_context=context, memory=memory, progress=loading, tp=tp)
     return llm, codec
 
 
@@ -146,6 +158,8 @@ def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk,
 
     if books.keyring:
         books.keyring.watch()
+    if llm.team:
+        llm.team.on_loss = partial(_give_up, llm.team)
     print(_welcome(listening, desk.served, bool(len(books.keyring or ()))), file=sys.stderr, flush=True)
     try:
         Listener(app, Patience(end=grace)).run(sockets=[listening])
@@ -156,6 +170,17 @@ def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk,
             books.keyring.close()
         if books.meter:
             books.meter.close()
+    if llm.team and llm.team.lost:
+        print(f"error: {llm.team.lost}", file=sys.stderr, flush=True)
+        os._exit(2)  # a GPU that waits for the lost rank would hold up every other way out
+
+
+def _give_up(team: Team, reason: str) -> None:
+    """Tell everybody who still waits, and end."""
+    for _ in range(2):  # the first asks, the second hangs up
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+    team.end_soon(reason)
 
 
 def _open_books(url: str, lists: Sequence[Path]) -> Books:

@@ -8,15 +8,18 @@ from collections.abc import Callable
 import torch
 
 from fathom.api import Event, FinishReason, GenerateRequest, Logprob, SamplingParams, Status
+from fathom.engine.cache import PagedCache
+from fathom.engine.device_cache import DeviceCache
 from fathom.engine.disk import Disk
 from fathom.engine.fingerprint import fingerprint
-from fathom.engine.memory import Memory, furnish, prefill_tokens
+from fathom.engine.memory import Memory, furnish, prefill_tokens, room
 from fathom.engine.pages import PagePool
 from fathom.engine.prefix import PrefixCache
 from fathom.engine.request import PAGE, Sequence
 from fathom.engine.runner import Work
 from fathom.engine.sampler import Sampler, choose
 from fathom.engine.scheduler import Plan, Scheduler
+from fathom.engine.team import Shared, Team
 from fathom.errors import ConfigError, ContextError, FathomError, PromptError
 from fathom.model.transformer import Transformer
 
@@ -30,15 +33,23 @@ class Core:
     """A model with its cache, its queue and its samplers.
 
     max_context: the most tokens of a prompt and its answer; None is what the model was made for; at most what the cache
-    holds.
+    holds. team: the other ranks, where several hold the model.
     """
 
-    def __init__(self, model: Transformer, max_context: int | None = None, memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        max_context: int | None = None,
+        memory: Memory | None = None,
+        team: Team | None = None,
+    ) -> None:
         memory, config = memory or Memory(), model.config
         longest = config.max_position_embeddings
         if max_context is not None and not 1 <= max_context <= longest:
             raise ConfigError(f"a context of {max_context} tokens is out of range: this model has from 1 to {longest}")
-        self.cache, self._runner = furnish(model, memory, max_context or longest)
+        self._team, sizes = team, (model, memory, max_context or longest)
+        self.cache: Shared | PagedCache | DeviceCache
+        self.cache, self._runner = team.furnish(*sizes) if team else furnish(*sizes, room(*sizes))
         self._memory, self._mark = memory, fingerprint(model, self.cache.form)
         if self.cache.device.type != "cpu":
             _warm_up(config.vocab_size, self.cache.device)
@@ -119,11 +130,18 @@ class Core:
         prefix, notes = self.prefix, (*self._notes, *self.prefix.notes)
         return Status(waiting=waiting, running=running, tiers=prefix.tiers, restored=dict(prefix.restored), notes=notes)
 
+    @property
+    def lost(self) -> str:
+        """Why nothing can be computed any more; empty while it can."""
+        return self._team.lost if self._team else ""
+
     def close(self) -> None:
         """End all that runs or waits, save the cache."""
         for sequence in list(self._samplers):
             self.cancel(sequence)
         self.prefix.close()
+        if self._team:
+            self._team.close()
 
     def _take(self, sequence: Sequence, token: int, logprob: Logprob | None) -> None:
         """A token was sampled."""

@@ -56,30 +56,39 @@ def prefill_tokens(memory: Memory, device: torch.device) -> int:
     return memory.prefill or (_ON_A_GPU if device.type == "cuda" else _ON_A_CPU)
 
 
-def furnish(model: Transformer, memory: Memory, context: int) -> tuple[PagedCache | DeviceCache, Runner]:
-    """A cache for sequences of up to `context` tokens, and what runs the model over it. Raises ConfigError."""
+def room(model: Transformer, memory: Memory, context: int) -> int:
+    """How many pages a cache of sequences of up to `context` tokens gets where the model is. Raises ConfigError."""
+    most = _MOST * pages_for(context)
+    if not unfit(model):
+        return _room_on_a_gpu(model, memory, context, most)
+    page = PagedCache(model.config, model.numerics, 1, 1, model.embed.weight.device).page_bytes
+    return max(1, min((memory.device or _CACHE) // max(page, 1), most))
+
+
+def furnish(model: Transformer, memory: Memory, context: int, pages: int) -> tuple[PagedCache | DeviceCache, Runner]:
+    """A cache of `pages` for sequences of up to `context` tokens, and what runs the model over it.
+
+    Raises ConfigError where a step does not fit beside it.
+    """
     device, reason = model.embed.weight.device, unfit(model)
     if not reason:
-        cache = _on_a_gpu(model, memory, context)
+        cache = DeviceCache(model.config, memory.slots, pages, context, device, memory.packed_keys)
         runner = DeviceRunner(model, cache, Graphs.of(model, cache))
         runner.warm_up(prefill_tokens(memory, device))
         return cache, runner
     if device.type == "cuda":
         _log.warning("torch operations instead of kernels, slowly: %s", reason)
-    page = PagedCache(model.config, model.numerics, 1, 1, device).page_bytes
-    budget = memory.device or _CACHE
-    pages = max(1, min(budget // max(page, 1), _MOST * pages_for(context)))
     rows = PagedCache(model.config, model.numerics, memory.slots, pages, device)
     return rows, TileRunner(model, rows)
 
 
-def _on_a_gpu(model: Transformer, memory: Memory, context: int) -> DeviceCache:
+def _room_on_a_gpu(model: Transformer, memory: Memory, context: int, most: int) -> int:
     device = model.embed.weight.device
     like = DeviceCache(model.config, 1, 1, context, "meta", memory.packed_keys)
     slots = memory.slots * (like.slot_bytes + 4 * pages_for(context))
     free = torch.cuda.mem_get_info(device)[0]
     budget = memory.device or max(0, free - _SCRATCH)
-    pages = min((budget - slots) // max(like.page_bytes, 1), _MOST * pages_for(context))
+    pages = min((budget - slots) // max(like.page_bytes, 1), most)
     if pages < 1 or slots + pages * like.page_bytes > free:
         need = (slots + max(pages, 1) * like.page_bytes) / 1e9
         text = (
@@ -88,4 +97,4 @@ def _on_a_gpu(model: Transformer, memory: Memory, context: int) -> DeviceCache:
         raise ConfigError(
             f"{text} with {budget / 1e9:.2f} GB allowed: lower --max-seqs, or set --kv-gb between the two"
         )
-    return DeviceCache(model.config, memory.slots, pages, context, device, memory.packed_keys)
+    return pages

@@ -12,6 +12,8 @@ from fathom.engine.engine import Core
 from fathom.engine.request import Sequence
 from fathom.engine.stream import Blocking, Sink
 
+_LAST = 5.0
+"""Seconds between looks at a thread that is to end: a GPU may wait for ever for one that was lost."""
 _PAUSE = 0.005  # seconds, when all that waits needs memory that others hold
 
 
@@ -90,8 +92,10 @@ class _Worker:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        while threading.current_thread() is not self._thread and self._thread.is_alive():
+            self._thread.join(_LAST)
+            if self._core.lost:
+                return
 
     def _run(self) -> None:
         patience: float | None = None

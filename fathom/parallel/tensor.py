@@ -9,22 +9,33 @@ from __future__ import annotations
 
 import os
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fathom.errors import ConfigError
+
 SMALL = 1 << 19
 """Bytes of a sum that takes one launch: a decode step's is below, of every published model, and a prompt's above."""
+
+
+def meeting_place(count: int, port: int = 0) -> Any:
+    """A store for `count` processes of this machine. The first opens it at a free port; the others come there."""
+    return dist.TCPStore("127.0.0.1", port, count, not port, wait_for_workers=False)  # type: ignore[attr-defined]
 
 
 class Ranks:
     """This process among `count` that hold one model, joined; it computes on `device`. On a GPU each has its own.
 
     store: where the processes of one host meet; without it, torchrun's environment describes them.
+    Raises ConfigError in a process that is a rank already.
     """
 
-    def __init__(self, kind: str = "cuda", rank: int = 0, count: int = 1, store: dist.TCPStore | None = None) -> None:
+    def __init__(self, kind: str = "cuda", rank: int = 0, count: int = 1, store: Any = None) -> None:
+        if dist.is_initialized():
+            raise ConfigError("this process is a rank of a model already: load the second one in another process")
         local = rank
         if store is None:
             rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))

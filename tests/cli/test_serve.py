@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,7 +20,9 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
+from fathom.checkpoint.random import write_random
 from fathom.cli.main import run
+from fathom.config import WEIGHTS, ModelConfig
 from fathom.server.database import open_database
 from fathom.server.keys import Keyring, Limits
 from fathom.server.metering import read_rows
@@ -293,3 +296,74 @@ def test_a_setting_of_the_wrong_kind_is_one_line(
     assert run(["serve", "--config", str(tmp_path / "wrong.toml")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and words in said and said.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def two_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights, with a tokenizer, that two processes can share."""
+    path = tmp_path_factory.mktemp("models") / "wide"
+    config = replace(ModelConfig.load(WEIGHTS / "small"), moe_intermediate_size=256)
+    write_random(path, config, companions=WEIGHTS / "small")
+    return path
+
+
+def followers(leader: int) -> list[int]:
+    """The processes that a server has started: Linux says so in files."""
+    stats = [(int(file.parent.name), file.read_text()) for file in Path("/proc").glob("[0-9]*/stat")]
+    fields = [(pid, stat.rpartition(")")[2].split()) for pid, stat in stats]
+    return [pid for pid, (state, parent, *_) in fields if int(parent) == leader and state != "Z"]
+
+
+def is_there(pid: int) -> bool:
+    with suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+def said(address: str, **changed: Any) -> httpx.Response:
+    body = {"model": "wide", "max_tokens": 4, "messages": [{"role": "user", "content": "hello"}], **changed}
+    return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+
+
+def test_two_processes_serve_one_model_and_leave_together(tmp_path: Path, two_parts: Path) -> None:
+    with serving(tmp_path, "--model", str(two_parts), "--tp", "2") as (process, address):
+        (other,) = followers(process.pid)
+        answers = [said(address, temperature=0).json()["choices"] for _ in range(2)]
+        assert answers[0] == answers[1] and answers[0][0]["finish_reason"] == "length"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(40) == 0 and not is_there(other)
+    with serving(tmp_path, "--model", str(two_parts), "--tp", "2") as (process, address):
+        (other,) = followers(process.pid)
+        process.kill()
+        eventually(lambda: not is_there(other), 20)
+
+
+def test_without_one_of_its_processes_a_server_says_so_and_ends(tmp_path: Path, two_parts: Path) -> None:
+    with serving(tmp_path, "--model", str(two_parts), "--tp", "2") as (process, address):
+        assert process.stderr is not None
+        body = {"model": "wide", "max_tokens": 100_000, "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            os.kill(followers(process.pid)[0], signal.SIGKILL)
+            rest = "\n".join(lines)
+        assert '"error"' in rest and "rank 1 has ended" in rest
+        assert process.wait(40) == 2
+        assert process.stderr.read().splitlines()[-1].startswith("error: rank 1 has ended")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tp", "2"], ["moe_intermediate_size (128)", "2 equal parts"]),
+        (["--tp", "2", "--device", "cuda:0"], ["cuda:0"]),
+        (["--tp", "1000", "--device", "cuda"], ["cuda"]),
+    ],
+)
+def test_what_several_processes_cannot_do_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
+) -> None:
+    assert run(["serve", "--port", "0", "--database", url(tmp_path), *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and all(word in err for word in words)

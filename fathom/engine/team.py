@@ -1,0 +1,238 @@
+"""Several processes hold one model together: the first leads, the others compute what it has them compute.
+
+Requests, the order of things, sampling and the tiers of the cache are the leader's alone. It writes every order to each
+follower's standard input before it carries it out itself; they meet in the sums of the model. The caches of all ranks
+hold the same bytes (the one key-value head is whole on each), so the leader's pages and states are theirs.
+
+A rank that fails within a step leaves the others at different places of it. Then the team is lost, and with it the
+engine, which says so to everyone who waits.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from fathom.engine.cache import PagedCache
+from fathom.engine.device_cache import DeviceCache
+from fathom.engine.memory import Memory, furnish, room
+from fathom.engine.runner import Runner, Work
+from fathom.errors import ConfigError, FathomError
+from fathom.model.transformer import Transformer
+from fathom.parallel.tensor import Ranks, meeting_place
+
+_PATIENCE = 10.0
+"""Seconds that a process may take to end by itself once its team is lost; a GPU may wait for the others for ever."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one process of a team is to load: see `LLM.load`. port: of the leader's store, where the processes meet."""
+
+    folder: Path
+    device: str = "cpu"
+    threads: int | None = None
+    context: int | None = None
+    memory: Memory = field(default_factory=Memory)
+    rank: int = 0
+    tp: int = 1
+    port: int = 0
+
+    def join(self, store: Any = None) -> Ranks:
+        """Meet the others; the leader brings the store."""
+        return Ranks(torch.device(self.device).type, self.rank, self.tp, store or meeting_place(self.tp, self.port))
+
+
+class Team:
+    """The leader's view of the others. Raises ConfigError where they cannot start, with their reason.
+
+    on_loss: hears, on a thread of its own, why the team was lost. By default it ends the process after ten seconds.
+    """
+
+    def __init__(self, part: Part) -> None:
+        store = meeting_place(part.tp)
+        self.part, self.lost, self._closed = replace(part, port=store.port), "", False
+        self.on_loss: Callable[[str], None] = self.end_soon
+        self._loss = threading.Event()
+        self.ranks: Ranks | None = None
+        self._bound: dict[int, list[int]] = {}
+        self._others = [_start(replace(self.part, rank=rank)) for rank in range(1, part.tp)]
+        try:
+            self._answers()  # they are there
+            self.ranks = self.part.join(store)
+        except BaseException:
+            self.close()
+            raise
+
+    def furnish(self, model: Transformer, memory: Memory, context: int) -> tuple[Shared, Runner]:
+        """`memory.furnish` on every rank, with as many pages as the one with the least room has."""
+        pages = min(room(model, memory, context), *self._answers())
+        for rank in range(1, self.part.tp):
+            threading.Thread(target=self._watch, args=(rank,), name=f"fathom-rank-{rank}", daemon=True).start()
+        self.tell(pages)
+        with self.step():
+            cache, runner = furnish(model, memory, context, pages)
+        return Shared(self, cache), Led(self, runner)
+
+    def tell(self, *order: Any) -> None:
+        """Every other rank is to do this. Raises FathomError where the team is lost."""
+        said = pickle.dumps(order)
+        for rank, process in enumerate(self._others, 1):
+            if self.lost:
+                raise FathomError(self.lost)
+            try:
+                _write(process.stdin, said)
+            except OSError as error:
+                raise self.lose(f"rank {rank} has ended") from error
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """What all ranks do together. A refusal comes from all of them alike; any other failure loses the team."""
+        try:
+            yield
+        except FathomError:
+            raise
+        except Exception as error:
+            self._loss.wait(1.0)  # for the reason, where it is another rank's
+            raise self.lose(f"rank 0 failed: {str(error).splitlines()[0]}") from error
+
+    def lose(self, reason: str) -> FathomError:
+        """The ranks are no longer at the same place. The first reason is kept and given back."""
+        if not self.lost:
+            self.lost = f"{reason}: the model's {self.part.tp} processes cannot go on without each other, start again"
+            self._loss.set()
+            for process in self._others:
+                process.kill()
+            threading.Thread(target=self.on_loss, args=(self.lost,), daemon=True).start()
+        return FathomError(self.lost)
+
+    def news(self, work: Work) -> tuple[Any, ...]:
+        """A work as the others are told of it: pages only when they are others than before."""
+        pages: list[int] | None = None
+        if self._bound.get(work.slot) != work.pages:
+            self._bound[work.slot] = pages = list(work.pages)
+        return work.slot, pages, work.prompt, work.start, work.tokens, work.samples
+
+    def close(self) -> None:
+        """The others end."""
+        self._closed = True
+        for process in self._others:
+            with suppress(OSError):
+                assert process.stdin
+                process.stdin.close()
+        for process in self._others:
+            _ended(process)
+        if self.ranks and not (self.lost and self.ranks.device.type == "cuda"):
+            self.ranks.leave()
+
+    def end_soon(self, reason: str) -> None:
+        """End this process if it has not ended by itself in ten seconds."""
+        time.sleep(_PATIENCE)
+        if not self._closed:
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+    def _answers(self) -> list[Any]:
+        """One from every other rank. Raises ConfigError with the words of one that failed instead."""
+        out = []
+        for rank, process in enumerate(self._others, 1):
+            assert process.stdout
+            try:
+                kind, value = pickle.load(process.stdout)
+            except EOFError:
+                kind, value = "failed", "it ended without a word"
+            if kind == "failed":
+                raise ConfigError(f"rank {rank} cannot start: {value}")
+            out.append(value)
+        return out
+
+    def _watch(self, rank: int) -> None:
+        """Wait for a follower's end, which is too early unless the team was closed."""
+        process = self._others[rank - 1]
+        assert process.stdout
+        reason = ""
+        with suppress(Exception):
+            reason = f" ({pickle.load(process.stdout)[1]})"
+        process.wait()
+        if not self._closed:
+            self.lose(f"rank {rank} has ended{reason}")
+
+
+class Led(Runner):
+    """A runner whose steps all ranks make."""
+
+    def __init__(self, team: Team, runner: Runner) -> None:
+        self._team, self._runner = team, runner
+
+    def run(self, works: Sequence[Work]) -> Tensor:
+        """See `Runner`."""
+        self._team.tell("run", [self._team.news(work) for work in works])
+        with self._team.step():
+            return self._runner.run(works)
+
+
+class Shared:
+    """A cache (`prefix.Stored`) that is filled on all ranks and read on one."""
+
+    def __init__(self, team: Team, cache: PagedCache | DeviceCache) -> None:
+        self._team, self._cache = team, cache
+        self.device, self.pages, self.form = cache.device, cache.pages, cache.form
+        self.blocks, self.holds, self.state = cache.blocks, cache.holds, cache.state
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page on one rank."""
+        return self._cache.page_bytes
+
+    def load_blocks(self, pages: Sequence[int], blocks: Sequence[bytes]) -> None:
+        """Fill pages with what `blocks` gave."""
+        self._team.tell("load_blocks", pages, blocks)
+        self._cache.load_blocks(pages, blocks)
+
+    def load_state(self, slot: int, at: int, state: bytes) -> None:
+        """Put what `state` gave into a slot."""
+        self._team.tell("load_state", slot, at, state)
+        self._cache.load_state(slot, at, state)
+
+
+def _start(part: Part) -> subprocess.Popen[bytes]:
+    """A follower, which is told its part."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "fathom.engine.follow"]
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,  # Ctrl-C is the leader's to answer
+    )
+    _write(process.stdin, pickle.dumps(part))
+    return process
+
+
+def _write(to: IO[bytes] | None, data: bytes) -> None:
+    assert to
+    to.write(data)
+    to.flush()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that was asked to end; it has nothing to save."""
+    try:
+        process.wait(2.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
