@@ -248,6 +248,7 @@ kv-host-gb = 0.1
 kv-disk-dir = "FOLDER/kv"
 kv-disk-gb = 0.5
 device = "cpu"
+tp = 1
 threads = 1
 dialect = "april"
 strict-deepseek-compat = true
@@ -308,10 +309,13 @@ def two_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def followers(leader: int) -> list[int]:
-    """The processes that a server has started: Linux says so in files."""
-    stats = [(int(file.parent.name), file.read_text()) for file in Path("/proc").glob("[0-9]*/stat")]
-    fields = [(pid, stat.rpartition(")")[2].split()) for pid, stat in stats]
-    return [pid for pid, (state, parent, *_) in fields if int(parent) == leader and state != "Z"]
+    """The processes that a server has started: Linux says so in files, which go as processes do."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent, *_ = file.read_text().rpartition(")")[2].split()
+            found += [int(file.parent.name)] if int(parent) == leader and state != "Z" else []
+    return found
 
 
 def is_there(pid: int) -> bool:
