@@ -42,7 +42,8 @@ def load_model(
     """A checkpoint in the published layout as a model, in evaluation mode, its parameters frozen.
 
     numerics: by default float32, with the activation quantisers on exactly if a weight is stored quantised.
-    dense: widen FP8 and FP4 weights to the compute dtype, exactly, as `Transformer.densify` does; else they stay as is.
+    dense: widen FP8 and FP4 weights to the compute dtype, exactly, as `Transformer.densify` does; else they stay as is,
+    but for the order of FP4 experts' bits where kernels read them.
     verify: also look for NaN and infinity in weights, not only in scales. share: of which rank of how many.
     Raises ConfigError and CheckpointError; names, shapes and dtypes are checked before any data is read.
     """
@@ -59,6 +60,8 @@ def load_model(
         loader.fill(module, group)
         if dense:
             _widen(module, numerics.dtype)
+        elif isinstance(module, Experts):
+            module.place()
     _empty_buffers(model, torch.device(device))
     return model.eval()
 

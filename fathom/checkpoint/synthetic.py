@@ -49,6 +49,7 @@ def synthetic_model(
 def _fill(path: str, module: nn.Module, random: torch.Generator) -> None:
     if isinstance(module, Experts):
         module.store(*_fp4(module.w13.shape, random), *_fp4(module.w2.shape, random))
+        module.place()
         return
     if isinstance(module, Linear) and kind_of(f"{path}.weight") == "linear":
         module.store(*_fp8(module.weight.shape, random))

@@ -152,7 +152,6 @@ def model_on(job: DeviceJob, config: ModelConfig, place: torch.device) -> tuple[
 
     from fathom.checkpoint.synthetic import synthetic_model
     from fathom.model.layers import Numerics
-    from fathom.model.moe import Experts
     from fathom.parallel.plan import meet
 
     begin = time.perf_counter()
@@ -160,9 +159,6 @@ def model_on(job: DeviceJob, config: ModelConfig, place: torch.device) -> tuple[
         model = synthetic_model(config, Numerics(torch.bfloat16, quantize=True), place, tp=job.ranks)
     else:
         model = _loaded(job, place)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.place()
     if job.together:
         meet(model, ranks())
     elif job.ranks > 1:

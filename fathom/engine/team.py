@@ -65,7 +65,7 @@ class Team:
         store = meeting_place(part.tp)
         self.part, self.lost, self._closed = replace(part, port=store.port), "", False
         self.on_loss: Callable[[str], None] = self.end_soon
-        self._loss = threading.Event()
+        self._loss, self._losing = threading.Event(), threading.Lock()
         self.ranks: Ranks | None = None
         self._bound: dict[int, list[int]] = {}
         self._others = [_start(replace(self.part, rank=rank)) for rank in range(1, part.tp)]
@@ -106,12 +106,16 @@ class Team:
             raise
         except Exception as error:
             self._loss.wait(1.0)  # for the reason, where it is another rank's
-            raise self.lose(f"rank 0 failed: {str(error).splitlines()[0]}") from error
+            raise self.lose(f"rank 0 failed ({(str(error) or type(error).__name__).splitlines()[0]})") from error
 
     def lose(self, reason: str) -> FathomError:
         """The ranks are no longer at the same place. The first reason is kept and given back."""
-        if not self.lost:
-            self.lost = f"{reason}: the model's {self.part.tp} processes cannot go on without each other, start again"
+        with self._losing:
+            first = not self.lost
+            self.lost = self.lost or (
+                f"{reason}: the model's {self.part.tp} processes cannot go on without each other, start again"
+            )
+        if first:
             self._loss.set()
             for process in self._others:
                 process.kill()

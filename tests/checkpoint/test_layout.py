@@ -14,8 +14,11 @@ from fathom.checkpoint.load import load_model
 from fathom.checkpoint.reader import Reader
 from fathom.checkpoint.save import save_model
 from fathom.config import ModelConfig
+from fathom.kernels import dispatch
+from fathom.kernels.words import from_words
 from fathom.model.init import init_weights
 from fathom.model.layers import Numerics
+from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
 from tests import oracle
 from tests.checkpoint import official
@@ -68,6 +71,24 @@ def test_loaded_as_stored_and_saved_the_tensors_are_the_same_bytes(
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
     model.densify()
     same(model, values)
+
+
+def test_experts_stand_in_the_order_of_the_kernels_where_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a GPU would take the reference, at a small part of its speed."""
+    config = official.published(3)
+    folder = official.write(tmp_path, config, official.draw(config, 3)[0])
+    stored = load_model(folder, dense=False)
+    monkeypatch.setattr(dispatch, "on", lambda device: True)
+    placed, wide = load_model(folder, dense=False), load_model(folder)
+    experts = [(m, stored.get_submodule(n)) for n, m in placed.named_modules() if isinstance(m, Experts)]
+    assert experts
+    for ours, theirs in experts:
+        for name in ("w13", "w2"):
+            words, codes = ours.get_parameter(name), theirs.get_parameter(name)
+            assert words.dtype == torch.int32 and torch.equal(from_words(words.data), codes.data)
+    assert all(m.w13.dtype == torch.float32 for m in wide.modules() if isinstance(m, Experts))
 
 
 def test_a_float_model_saved_twice_is_the_same_files(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import time
 from dataclasses import replace
@@ -21,9 +22,9 @@ from fathom.engine.graphs import Graphs, Steps
 from fathom.engine.llm import LLM
 from fathom.engine.memory import Memory
 from fathom.engine.request import pages_for
+from fathom.engine.runner import DeviceRunner
 from fathom.model.batch import Batch, Span
 from fathom.model.layers import Numerics
-from fathom.model.moe import Experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 CONFIG = replace(ModelConfig.load(WEIGHTS / "small"), max_position_embeddings=8192)
@@ -33,11 +34,7 @@ MOST = (LONG + STEPS) // 128 + 1
 
 @pytest.fixture(scope="module")
 def model() -> torch.nn.Module:
-    model = synthetic_model(CONFIG, Numerics(torch.bfloat16, quantize=True), "cuda", seed=3)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.place()
-    return model
+    return synthetic_model(CONFIG, Numerics(torch.bfloat16, quantize=True), "cuda", seed=3)
 
 
 class Run:
@@ -136,6 +133,14 @@ def test_answers_from_every_tier(tmp_path: Path) -> None:
         llm.close()
         print(f"\nfrom tiers: {restored}")
     assert restored["disk"] > 0, "the second engine began with the first one's files"
+
+
+def test_a_loaded_checkpoint_is_computed_by_kernels_and_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing falls back: no word of a slower way, no reference of the experts, which looks at numbers on a host."""
+    llm = LLM.load("small", device="cuda", max_context=4096)
+    assert isinstance(llm.core._runner, DeviceRunner) and isinstance(llm.core._runner.steps, Graphs)
+    llm.close()
+    assert not [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_the_embedded_model_answers_as_on_a_cpu() -> None:
