@@ -44,7 +44,10 @@ def serve(
     kv_gb: Annotated[
         float | None, typer.Option(help="Memory of the model's cache, in GB: 0.6, or what a GPU has free.")
     ] = None,
-    kv_host_gb: Annotated[float, typer.Option(help="Memory for prefixes that left the cache, in GB.")] = 0.5,
+    kv_host_gb: Annotated[
+        float | None,
+        typer.Option(help="Memory for prefixes that left the cache, in GB: 0.5, up to 16 beside a GPU."),
+    ] = None,
     kv_disk_dir: Annotated[Path | None, typer.Option(help="A folder for prefixes that survive a restart.")] = None,
     kv_disk_gb: Annotated[float, typer.Option(help="The most that this folder holds, in GB.")] = 4.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
@@ -100,7 +103,7 @@ def serve(
     folder = kv_disk_dir.expanduser() if kv_disk_dir else None
     memory = Memory(
         device=None if kv_gb is None else int(kv_gb * _GB),
-        host=int(kv_host_gb * _GB),
+        host=None if kv_host_gb is None else int(kv_host_gb * _GB),
         disk=int(kv_disk_gb * _GB),
         folder=folder / "kv" if folder else None,
         slots=max_seqs,

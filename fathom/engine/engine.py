@@ -12,7 +12,7 @@ from fathom.engine.cache import PagedCache
 from fathom.engine.device_cache import DeviceCache
 from fathom.engine.disk import Disk
 from fathom.engine.fingerprint import fingerprint
-from fathom.engine.memory import Memory, furnish, prefill_tokens, room
+from fathom.engine.memory import Memory, furnish, host_bytes, prefill_tokens, room
 from fathom.engine.pages import PagePool
 from fathom.engine.prefix import PrefixCache
 from fathom.engine.request import PAGE, Sequence
@@ -63,7 +63,7 @@ class Core:
     def _begin(self) -> None:
         """Empty books: every page free, nobody queued."""
         pool = PagePool(self.cache.pages)
-        self.prefix = PrefixCache(pool, self.cache, self._mark, self._memory.host, self._disk)
+        self.prefix = PrefixCache(pool, self.cache, self._mark, host_bytes(self._memory, self.cache.device), self._disk)
         most = prefill_tokens(self._memory, self.cache.device)
         self.scheduler = Scheduler(pool, self._memory.slots, most, self.prefix, self._leaving)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ _ON_A_CPU, _ON_A_GPU = 256, 4096
 _CACHE = 600_000_000
 _SCRATCH = 6 << 30
 """Bytes of a GPU that are left for what a step computes: experts' rows, index scores, graphs."""
+_HOST, _GPU_HOST = 512 << 20, 16 << 30
+"""Bytes of memory for prefixes, on a GPU at most an eighth of all: a state of V4-Flash has 3.6 MB."""
 _MOST = 64
 """Sequences of the whole context that a cache has pages for at most."""
 
@@ -30,14 +33,14 @@ _MOST = 64
 class Memory:
     """What an engine may hold. device, host, disk: bytes of its cache's tiers; folder: where the disk tier is, if any.
 
-    device None: 0.6 GB on a CPU, on a GPU what weights and scratch leave. slots: sequences at once. prefill: most
-    prompt tokens of a step, which is what answers wait for while a prompt is read (half of it halves the longest wait
-    and costs a tenth of the reading speed); None: by device. packed_keys: index keys on a GPU as FP4 (68 bytes instead
-    of 132, slower to read). Raises ConfigError for what cannot be.
+    device None: 0.6 GB on a CPU, on a GPU what weights and scratch leave. host None: 0.5 GB, beside a GPU up to 16 GB.
+    slots: sequences at once. prefill: most prompt tokens of a step, which is what answers wait for while a prompt is
+    read (half of it halves the longest wait and costs a tenth of the reading speed); None: by device. packed_keys:
+    index keys on a GPU as FP4 (68 bytes instead of 132, slower to read). Raises ConfigError for what cannot be.
     """
 
     device: int | None = None
-    host: int = 512 << 20
+    host: int | None = None
     disk: int = 4 << 30
     folder: Path | None = None
     slots: int = 32
@@ -54,6 +57,13 @@ class Memory:
 def prefill_tokens(memory: Memory, device: torch.device) -> int:
     """Most prompt tokens of a step."""
     return memory.prefill or (_ON_A_GPU if device.type == "cuda" else _ON_A_CPU)
+
+
+def host_bytes(memory: Memory, device: torch.device) -> int:
+    """Bytes of memory for prefixes that left the device."""
+    if memory.host is not None or device.type != "cuda":
+        return _HOST if memory.host is None else memory.host
+    return min(_GPU_HOST, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
 
 
 def room(model: Transformer, memory: Memory, context: int) -> int:

@@ -25,6 +25,8 @@ from fathom.engine.pages import PagePool
 from fathom.engine.request import PAGE
 
 _KEY = 20
+_AT_ONCE = 256
+"""Blocks that are copied from or to the device at a time: what bounds the memory that this takes there."""
 _IDS = struct.Struct(f"<{PAGE}I")
 
 
@@ -42,25 +44,54 @@ def state_key(key: bytes) -> bytes:
 
 
 class Host:
-    """Entries in memory, at most `limit` bytes of them."""
+    """Blocks and states in memory, at most `limit` bytes of them.
+
+    Blocks give way to states until those take half: blocks on the device are worth nothing without a state after them.
+    """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
-        self.entries: OrderedDict[bytes, bytes] = OrderedDict()
+        self.limit = limit
+        self.blocks, self.states = _Entries(), _Entries()
 
-    def put(self, key: bytes, data: bytes) -> list[tuple[bytes, bytes]]:
+    @property
+    def used(self) -> int:
+        """Bytes."""
+        return self.blocks.used + self.states.used
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.blocks or key in self.states
+
+    def get(self, key: bytes) -> bytes | None:
+        """An entry of either kind."""
+        return self.blocks[key] if key in self.blocks else self.states.get(key)
+
+    def put(self, key: bytes, data: bytes, state: bool = False) -> list[tuple[bytes, bytes]]:
         """Keep an entry; returns what had to leave for it, which may be the entry itself."""
-        if key in self.entries:
+        if key in self:
             return []
         if len(data) > self.limit:
             return [(key, data)]
-        self.entries[key] = data
-        self.used += len(data)
+        (self.states if state else self.blocks)[key] = data
         gone = []
         while self.used > self.limit:
-            gone.append(self.entries.popitem(last=False))
-            self.used -= len(gone[-1][1])
+            whose = self.blocks if self.blocks and self.states.used <= self.limit // 2 else self.states
+            gone.append(whose.popitem(last=False))
         return gone
+
+
+class _Entries(OrderedDict[bytes, bytes]):
+    """Least recently used first. used: bytes."""
+
+    used = 0
+
+    def __setitem__(self, key: bytes, data: bytes) -> None:
+        self.used += len(data)
+        super().__setitem__(key, data)
+
+    def popitem(self, last: bool = True) -> tuple[bytes, bytes]:
+        key, data = super().popitem(last)
+        self.used -= len(data)
+        return key, data
 
 
 class Stored(Protocol):
@@ -68,6 +99,9 @@ class Stored(Protocol):
 
     @property
     def page_bytes(self) -> int: ...
+
+    @property
+    def block_bytes(self) -> int: ...
 
     def blocks(self, pages: Sequence[int]) -> list[bytes]: ...
 
@@ -137,14 +171,14 @@ class PrefixCache:
     def restore(self, hit: Hit, pages: Sequence[int], slot: int) -> bool:
         """Fill `slot`, and those of `pages` that the hit had none for. False if something could not be read."""
         missing = [(key, page) for key, page, was in zip(hit.keys, pages, hit.pages, strict=True) if was is None]
-        lower = ["host" if key in self.host.entries else "disk" for key, _ in missing]
+        lower = ["host" if key in self.host else "disk" for key, _ in missing]
         state = self._load(end := state_key(hit.keys[-1]))
         blocks = [block for key, _ in missing if (block := self._load(key)) is not None]
         if state is None or len(blocks) < len(missing):
             return False
-        self._keep(end, state)
-        if missing:
-            self.cache.load_blocks([page for _, page in missing], blocks)
+        self._keep(end, state, state=True)
+        for some in _slices(len(missing)):
+            self.cache.load_blocks([page for _, page in missing[some]], blocks[some])
         self.cache.load_state(slot, hit.tokens, state)
         for key, page in missing:
             self._adopt(key, page)
@@ -166,7 +200,7 @@ class PrefixCache:
         self._write_blocks(keys)
         if not self._has(key := state_key(keys[-1])):
             state = self.cache.state(slot, at)
-            self._keep(key, state)
+            self._keep(key, state, state=True)
             if self.disk:
                 self.disk.put(key, state)
         self._touch(keys)
@@ -195,16 +229,16 @@ class PrefixCache:
         return blake2b(self._fingerprint + namespace.encode("utf-8", "surrogatepass"), digest_size=_KEY).digest()
 
     def _has(self, key: bytes) -> bool:
-        return key in self._device or key in self.host.entries or (self.disk is not None and self.disk.has(key))
+        return key in self._device or key in self.host or (self.disk is not None and self.disk.has(key))
 
     def _load(self, key: bytes) -> bytes | None:
-        data = self.host.entries.get(key)
+        data = self.host.get(key)
         return self.disk.get(key) if data is None and self.disk else data
 
     def _touch(self, keys: Sequence[bytes]) -> None:
         """Last used is the first block: without it the others are worth nothing."""
         order = [state_key(keys[-1]), *reversed(keys)] if keys else []
-        for entries in (self._device, self.host.entries):
+        for entries in (self._device, self.host.blocks, self.host.states):
             for key in order:
                 if key in entries:
                     entries.move_to_end(key)
@@ -219,19 +253,31 @@ class PrefixCache:
     def _write_blocks(self, keys: Sequence[bytes]) -> None:
         """Write what is not on disk yet; all these blocks are on the device."""
         new = [key for key in keys if self.disk and not self.disk.has(key)]
-        if new and self.disk:
-            for key, block in zip(new, self.cache.blocks([self._device[key] for key in new]), strict=True):
+        for key, block in self._stored(new):
+            if self.disk:
                 self.disk.put(key, block)
 
     def _demote(self, keys: Sequence[bytes]) -> None:
-        new = [key for key in keys if key not in self.host.entries]
-        for key, block in zip(new, self.cache.blocks([self._device[key] for key in new]), strict=True):
+        """Blocks leave the device. Those that would not stay in memory are read only if they are nowhere else."""
+        new = [key for key in keys if key not in self.host]
+        first = len(new) - self.host.limit // max(self.cache.block_bytes, 1)
+        needed = [key for i, key in enumerate(new) if i >= first or (self.disk and not self.disk.has(key))]
+        for key, block in self._stored(needed):
             self._keep(key, block)
         for key in keys:
             self.pool.release(self._device.pop(key))
 
-    def _keep(self, key: bytes, data: bytes) -> None:
+    def _stored(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """The stored form of blocks that are on the device."""
+        for some in _slices(len(keys)):
+            yield from zip(keys[some], self.cache.blocks([self._device[key] for key in keys[some]]), strict=True)
+
+    def _keep(self, key: bytes, data: bytes, state: bool = False) -> None:
         """In memory; what leaves it goes to disk, where it usually is."""
-        for gone, its_data in self.host.put(key, data):
+        for gone, its_data in self.host.put(key, data, state):
             if self.disk:
                 self.disk.put(gone, its_data)
+
+
+def _slices(count: int) -> list[slice]:
+    return [slice(first, first + _AT_ONCE) for first in range(0, count, _AT_ONCE)]

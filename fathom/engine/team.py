@@ -200,6 +200,11 @@ class Shared:
         """Bytes of a page on one rank."""
         return self._cache.page_bytes
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        return self._cache.block_bytes
+
     def load_blocks(self, pages: Sequence[int], blocks: Sequence[bytes]) -> None:
         """Fill pages with what `blocks` gave."""
         self._team.tell("load_blocks", pages, blocks)

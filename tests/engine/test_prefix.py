@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fathom.engine import prefix
 from fathom.engine.fingerprint import fingerprint
 from fathom.engine.prefix import Host, block_keys
 from fathom.model.layers import Numerics
@@ -144,8 +145,7 @@ def test_pages_that_leave_the_device_come_back_from_the_host_and_then_from_disk(
     assert ask(machine, ids(1030)) == 1024 and machine.prefix.tiers["device"][0] > 0
     machine.prefix.flush()
     machine.pool.ensure(10)
-    machine.prefix.host.entries.clear()
-    machine.prefix.host.used = 0
+    machine.prefix.host = Host(1 << 30)
     assert ask(machine, ids(1030)) == 1024 and machine.prefix.notes == ()
     machine.prefix.close()
 
@@ -172,9 +172,45 @@ def test_without_room_in_any_tier_everything_is_simply_computed(model: Transform
 def test_the_host_gives_up_what_was_used_least_recently() -> None:
     host = Host(10)
     assert host.put(b"a", b"1234") == [] and host.put(b"b", b"1234") == []
-    host.entries.move_to_end(b"a")
+    host.blocks.move_to_end(b"a")
     assert host.put(b"c", b"123456") == [(b"b", b"1234")] and host.used == 10
-    assert host.put(b"d", bytes(11)) == [(b"d", bytes(11))] and list(host.entries) == [b"a", b"c"]
+    assert host.put(b"d", bytes(11)) == [(b"d", bytes(11))] and list(host.blocks) == [b"a", b"c"]
+
+
+def test_blocks_give_way_to_states_until_those_take_half() -> None:
+    """On a GPU blocks stay on the device for long, and none of them is found without the state after it."""
+    host = Host(100)
+    for n in range(4):
+        host.put(b"state%d" % n, bytes(10), state=True)
+    for n in range(500):
+        host.put(b"block%d" % n, bytes(5))
+    assert len(host.states) == 4 and host.used == 100 and list(host.blocks)[-1] == b"block499"
+    for n in range(4, 40):
+        host.put(b"state%d" % n, bytes(10), state=True)
+    assert host.states.used <= 60 and host.used <= 100 and b"state39" in host and b"state3" not in host
+    draw, kept = random.Random(1), Host(1000)
+    for n in range(2000):
+        size = draw.randrange(120)
+        gone = kept.put(bytes([n % 251, n // 251]), bytes(size), state=draw.random() < 0.3)
+        assert kept.used == sum(map(len, (*kept.blocks.values(), *kept.states.values()))) <= 1000
+        assert all(key not in kept for key, _ in gone)
+
+
+def test_a_device_is_read_and_filled_by_slices_and_not_in_vain(
+    model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of a million tokens has 8,192 blocks: all of them at once would need a second cache beside the first."""
+    monkeypatch.setattr(prefix, "_AT_ONCE", 3)
+    machine, sizes = Machine(model, tmp_path, pages=12, host=0), []
+    blocks, load = machine.cache.blocks, machine.cache.load_blocks
+    monkeypatch.setattr(machine.cache, "blocks", lambda pages: sizes.append(len(pages)) or blocks(pages))
+    monkeypatch.setattr(machine.cache, "load_blocks", lambda pages, b: sizes.append(-len(pages)) or load(pages, b))
+    assert ask(machine, ids(1030)) == 0 and sizes == [3, 3, 2]
+    machine.prefix.flush()
+    machine.pool.ensure(12)
+    assert sizes == [3, 3, 2], "they are on disk, and there is no room in memory"
+    assert ask(machine, ids(1030)) == 1024 and sizes[3:] == [-3, -3, -2]
+    machine.prefix.close()
 
 
 def test_keys_depend_on_everything_before_them() -> None:
@@ -215,7 +251,7 @@ class Forest:
         prompts = [Prompt(tree[1], tree[0]) for tree in (self.grown() for _ in range(self.draw.choice([1, 1, 2])))]
         for prompt in prompts:
             hit = self.machine.prefix.match(prompt.namespace, prompt.ids)
-            on_host = [key in self.machine.prefix.host.entries for key in hit.keys]
+            on_host = [key in self.machine.prefix.host for key in hit.keys]
             where = [
                 "device" if p is not None else "host" if h else "disk" for p, h in zip(hit.pages, on_host, strict=True)
             ]
