@@ -14,7 +14,8 @@ from fathom.checkpoint.names import DTYPES, Entry, specs, with_drafter
 from fathom.checkpoint.reader import Meter, Progress, Reader
 from fathom.config import ModelConfig
 from fathom.errors import CheckpointError
-from fathom.kernels.quant import WEIGHT_BLOCK
+from fathom.kernels import dispatch
+from fathom.kernels.quant import WEIGHT_BLOCK, to_e8m0
 from fathom.model.hyper import HyperParameters
 from fathom.model.layers import Linear, Numerics
 from fathom.model.moe import Experts, Gate
@@ -43,7 +44,7 @@ def load_model(
 
     numerics: by default float32, with the activation quantisers on exactly if a weight is stored quantised.
     dense: widen FP8 and FP4 weights to the compute dtype, exactly, as `Transformer.densify` does; else they stay as is,
-    but for the order of FP4 experts' bits where kernels read them.
+    but for the order of FP4 experts' bits and for power-of-two float32 scales where there are kernels.
     verify: also look for NaN and infinity in weights, not only in scales. share: of which rank of how many.
     Raises ConfigError and CheckpointError; names, shapes and dtypes are checked before any data is read.
     """
@@ -60,8 +61,8 @@ def load_model(
         loader.fill(module, group)
         if dense:
             _widen(module, numerics.dtype)
-        elif isinstance(module, Experts):
-            module.place()
+        elif dispatch.on(torch.device(device)):
+            _suit_kernels(module)
     _empty_buffers(model, torch.device(device))
     return model.eval()
 
@@ -162,6 +163,21 @@ class _Loader:
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
     is_parameter = isinstance(getattr(module, name), nn.Parameter)
     setattr(module, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+
+
+def _suit_kernels(module: nn.Module) -> None:
+    """The same weights as kernels read them: FP4 in words, scales as exponents where float32 ones are powers of two."""
+    if isinstance(module, Experts):
+        module.store(module.w13.data, _exponents(module.w13_scale), module.w2.data, _exponents(module.w2_scale))
+        module.place()
+    elif isinstance(module, Linear):
+        module.store(module.weight.data, _exponents(module.scale))
+
+
+def _exponents(scale: Tensor | None) -> Tensor | None:
+    if scale is None or scale.dtype != torch.float32 or (scale.view(torch.int32) & 0x807FFFFF).any():
+        return scale
+    return to_e8m0(scale.data)
 
 
 def _widen(module: nn.Module, dtype: torch.dtype) -> None:

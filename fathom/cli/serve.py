@@ -161,8 +161,7 @@ def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk,
 
     if books.keyring:
         books.keyring.watch()
-    if llm.team:
-        llm.team.on_loss = partial(_give_up, llm.team)
+    llm.core.on_loss = partial(_give_up, llm.team)
     print(_welcome(listening, desk.served, bool(len(books.keyring or ()))), file=sys.stderr, flush=True)
     try:
         Listener(app, Patience(end=grace)).run(sockets=[listening])
@@ -173,17 +172,18 @@ def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk,
             books.keyring.close()
         if books.meter:
             books.meter.close()
-    if llm.team and llm.team.lost:
-        print(f"error: {llm.team.lost}", file=sys.stderr, flush=True)
+    if llm.core.lost:
+        print(f"error: {llm.core.lost}", file=sys.stderr, flush=True)
         os._exit(2)  # a GPU that waits for the lost rank would hold up every other way out
 
 
-def _give_up(team: Team, reason: str) -> None:
+def _give_up(team: Team | None, reason: str) -> None:
     """Tell everybody who still waits, and end."""
     for _ in range(2):  # the first asks, the second hangs up
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
-    team.end_soon(reason)
+    if team:
+        team.end_soon(reason)
 
 
 def _open_books(url: str, lists: Sequence[Path]) -> Books:

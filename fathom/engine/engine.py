@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
 import torch
@@ -47,9 +48,15 @@ class Core:
         longest = config.max_position_embeddings
         if max_context is not None and not 1 <= max_context <= longest:
             raise ConfigError(f"a context of {max_context} tokens is out of range: this model has from 1 to {longest}")
+        self.lost = ""
+        """Why nothing can be computed any more: a rank is gone, or the device. Empty while it can."""
+        self.on_loss: Callable[[str], None] = team.end_soon if team else lambda reason: None
+        """Hears it, on a thread of its own."""
         self._team, sizes = team, (model, memory, max_context or longest)
         self.cache: Shared | PagedCache | DeviceCache
         self.cache, self._runner = team.furnish(*sizes) if team else furnish(*sizes, room(*sizes))
+        if team:
+            team.on_loss = self._lose
         self._memory, self._mark = memory, fingerprint(model, self.cache.form)
         if self.cache.device.type != "cpu":
             _warm_up(config.vocab_size, self.cache.device)
@@ -130,11 +137,6 @@ class Core:
         prefix, notes = self.prefix, (*self._notes, *self.prefix.notes)
         return Status(waiting=waiting, running=running, tiers=prefix.tiers, restored=dict(prefix.restored), notes=notes)
 
-    @property
-    def lost(self) -> str:
-        """Why nothing can be computed any more; empty while it can."""
-        return self._team.lost if self._team else ""
-
     def close(self) -> None:
         """End all that runs or waits, save the cache."""
         for sequence in list(self._samplers):
@@ -185,10 +187,18 @@ class Core:
 
         Where memory ran out those are the ones that were reading a prompt, if any: answers make the same step again.
         """
+        if _is_broken(self.cache.device):
+            self._lose(f"{self.cache.device} is at fault ({_line(error)}): start again")
         scarce = isinstance(error, torch.OutOfMemoryError) and any(not piece.sequence.decoding for piece in plan.pieces)
         for piece in plan.pieces:
             if piece.sequence.finish is None and not (scarce and piece.sequence.decoding):
                 self._break(piece.sequence, error)
+
+    def _lose(self, reason: str) -> None:
+        """The first reason stays."""
+        if not self.lost:
+            self.lost = reason
+            threading.Thread(target=self.on_loss, args=(reason,), daemon=True).start()
 
     def _break(self, sequence: Sequence, error: Exception) -> None:
         if not isinstance(error, FathomError):
@@ -221,6 +231,16 @@ def _warm_up(vocabulary: int, device: torch.device) -> None:
     """Compile what samples on a device: whole, cut by shares, cut by number."""
     for params in (SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(top_k=2, top_p=0.9)):
         choose(torch.zeros(1, vocabulary, device=device), [Sampler(params)])
+
+
+def _is_broken(device: torch.device) -> bool:
+    """Whether a GPU answers nothing but errors, as after an illegal access, for as long as the process lives."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -67,6 +68,7 @@ def main() -> None:
     """The process that `team` starts."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a supervisor may tell all; the leader's answers go on for a while
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
 
     def hear() -> Any:

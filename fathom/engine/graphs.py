@@ -8,7 +8,7 @@ written before the graph is launched.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fathom.engine.device_cache import DeviceCache
 from fathom.model.batch import DECODE_TOKENS, Batch
+from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
 
 _log = logging.getLogger("fathom.engine")
@@ -68,18 +69,22 @@ class Graphs(Steps):
         self.sizes = tuple(sizes)
 
     @staticmethod
-    def of(model: Transformer, cache: DeviceCache, say: Callable[[str], None] = _log.info) -> Steps:
+    def of(model: Transformer, cache: DeviceCache) -> Steps:
         """Captured for all sizes; where that fails, the reason is said and steps go without."""
         if cache.device.type != "cuda":
+            return Steps(model, cache)
+        if _without_kernels(model):
+            _log.warning("no kernel for experts that are not FP4: torch computes them, slowly, and no step is a graph")
             return Steps(model, cache)
         graphs = Graphs(model, cache, [size for size in SIZES if size < 2 * max(cache.slots, DECODE_TOKENS)])
         try:
             for size in graphs.sizes:
                 graphs.capture(size)
-                say(f"decode graph of {size} captured")
+                _log.info("decode graph of %d captured", size)
         except RuntimeError as error:
             torch.cuda.synchronize(cache.device)
-            say(f"decode without CUDA graphs: {str(error).splitlines()[0]}")
+            cause = error.__context__ or error  # the end of a broken capture fails as well
+            _log.warning("decode without CUDA graphs: %s", str(cause).splitlines()[0])
             return Steps(model, cache)
         return graphs
 
@@ -96,8 +101,9 @@ class Graphs(Steps):
             for _ in range(_WARM_UP):
                 self._step(tokens, where)
         torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(graph):  # which captures on a stream of the current device
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        # It captures on a stream of the current device, and after a failure does not come back from there by itself.
+        with torch.cuda.device(device), torch.cuda.stream(here), torch.cuda.graph(graph):
             logits = self._step(tokens, where)
         self._captured[size] = _Captured(graph, tokens, where, logits)
 
@@ -110,3 +116,7 @@ class Graphs(Steps):
         captured.where.copy_(torch.tensor(padded, dtype=torch.int32), non_blocking=True)
         captured.graph.replay()
         return captured.logits[:count]
+
+
+def _without_kernels(model: Transformer) -> bool:
+    return any(isinstance(module, Experts) and module.w13.dtype != torch.int32 for module in model.modules())

@@ -68,11 +68,14 @@ def host_bytes(memory: Memory, device: torch.device) -> int:
 
 def room(model: Transformer, memory: Memory, context: int) -> int:
     """How many pages a cache of sequences of up to `context` tokens gets where the model is. Raises ConfigError."""
-    most = _MOST * pages_for(context)
+    most, device = _MOST * pages_for(context), model.embed.weight.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading has used and left
     if not unfit(model):
         return _room_on_a_gpu(model, memory, context, most)
-    page = PagedCache(model.config, model.numerics, 1, 1, model.embed.weight.device).page_bytes
-    return max(1, min((memory.device or _CACHE) // max(page, 1), most))
+    page = PagedCache(model.config, model.numerics, 1, 1, device).page_bytes
+    budget = _CACHE if device.type == "cpu" else max(_CACHE, torch.cuda.mem_get_info(device)[0] - _SCRATCH) // 2
+    return max(1, min((memory.device or budget) // max(page, 1), most))
 
 
 def furnish(model: Transformer, memory: Memory, context: int, pages: int) -> tuple[PagedCache | DeviceCache, Runner]:
@@ -81,15 +84,19 @@ def furnish(model: Transformer, memory: Memory, context: int, pages: int) -> tup
     Raises ConfigError where a step does not fit beside it.
     """
     device, reason = model.embed.weight.device, unfit(model)
-    if not reason:
-        cache = DeviceCache(model.config, memory.slots, pages, context, device, memory.packed_keys)
-        runner = DeviceRunner(model, cache, Graphs.of(model, cache))
-        runner.warm_up(prefill_tokens(memory, device))
-        return cache, runner
-    if device.type == "cuda":
-        _log.warning("torch operations instead of kernels, slowly: %s", reason)
-    rows = PagedCache(model.config, model.numerics, memory.slots, pages, device)
-    return rows, TileRunner(model, rows)
+    try:
+        if not reason:
+            cache = DeviceCache(model.config, memory.slots, pages, context, device, memory.packed_keys)
+            runner = DeviceRunner(model, cache, Graphs.of(model, cache))
+            runner.warm_up(prefill_tokens(memory, device))
+            return cache, runner
+        if device.type == "cuda":
+            _log.warning("torch operations instead of kernels, slowly: %s", reason)
+        rows = PagedCache(model.config, model.numerics, memory.slots, pages, device)
+        return rows, TileRunner(model, rows)
+    except torch.OutOfMemoryError as error:
+        text = f"{memory.slots} sequences and {pages} pages do not fit on {device}"
+        raise ConfigError(f"{text}: lower --kv-gb or --max-seqs ({str(error).splitlines()[0]})") from error
 
 
 def _room_on_a_gpu(model: Transformer, memory: Memory, context: int, most: int) -> int:

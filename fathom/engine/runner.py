@@ -90,6 +90,10 @@ class TileRunner:
         return spans, rows
 
 
+_FORMS = PAGE, 2 * PAGE + 1, 5 * PAGE, 10 * PAGE
+"""Prompt tokens for which experts' and linears' kernels take different tiles."""
+
+
 class DeviceRunner:
     """By kernels over a cache of bytes: prompts in one call, answers a token of each in another, as a graph.
 
@@ -115,12 +119,12 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def warm_up(self, tokens: int) -> None:
-        """Compile what prompts of a few tokens and of `tokens` need, which take other forms of some kernels.
+        """Compile what prompts of a few tokens to `tokens` need, which take other forms of some kernels.
 
         What it leaves in slot 0 and the first pages nobody reads. Raises ConfigError where so many do not fit.
         """
         try:
-            for count in (2 * PAGE + 1, tokens):
+            for count in (*_FORMS, tokens):
                 self._read_nothing(min(count, self.cache.max_context))
         except torch.OutOfMemoryError as error:
             text = f"a step of {tokens} prompt tokens does not fit beside weights and cache"

@@ -29,6 +29,11 @@ def _dependent_launch(device: torch.device) -> bool:
     return not PLAIN and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def ready() -> None:
+    """Raises where Triton cannot launch: it compiles its launcher by the C compiler, which may be missing."""
+    triton.runtime.driver.active.get_current_target()
+
+
 def options(x: Tensor, warps: int, stages: int = 0, early: bool = True) -> dict[str, int | bool]:
     """The launch options of a kernel over `x`: warps, pipeline stages (0: the default), dependent launch.
 

@@ -24,6 +24,8 @@ DEPENDENT = True
 """Whether launches may begin before the kernel before them has ended."""
 _PROGRAMMATIC_STREAM_SERIALIZATION, _MOST_SHARED = 6, 8
 _DIGEST = 16
+_NO_MEMORY, _DEVICE_FAULTS = 2, (214, *range(700, 721))
+"""Errors of the driver that say nothing of a kernel: memory; ECC, and whatever a launch before this one has done."""
 
 
 class KernelError(RuntimeError):
@@ -157,8 +159,14 @@ def _keep(path: Path, code: bytes) -> None:
 
 
 def _checked(status: int, what: str) -> None:
+    """Raises KernelError where another kernel may do, else OutOfMemoryError, or RuntimeError for a device's fault."""
+    text = f"CUDA driver error {status}: {what}"
+    if status == _NO_MEMORY:
+        raise torch.OutOfMemoryError(text)
+    if status in _DEVICE_FAULTS:
+        raise RuntimeError(text)
     if status:
-        raise KernelError(f"CUDA driver error {status}: {what}")
+        raise KernelError(text)
 
 
 @lru_cache(maxsize=1)

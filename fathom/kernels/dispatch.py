@@ -82,9 +82,9 @@ def _against(device: torch.device) -> str:
         least, found = (".".join(map(str, version)) for version in (_OLDEST, capability))
         return f"compute capability {found}; the kernels need {least} or newer"
     try:
-        import_module("fathom.kernels.common_triton")
-    except ImportError as error:
-        return f"Triton cannot be imported: {error}"
+        import_module("fathom.kernels.common_triton").ready()
+    except Exception as error:
+        return f"Triton cannot be used: {(str(error) or type(error).__name__).splitlines()[0]}"
     return ""
 
 

@@ -24,6 +24,8 @@ def experts(
     if not isinstance(w13, Tensor) or w13.dtype != torch.int32 or x.dtype != torch.bfloat16 or not quantize:
         return NotImplemented
     assert s13 is not None and s2 is not None
+    if s13.dtype == torch.float32 or s2.dtype == torch.float32:
+        return NotImplemented
     weights = Fp4Experts(w13, s13.view(torch.uint8), w2, s2.view(torch.uint8))
     if not x.shape[0]:
         return torch.zeros_like(x)

@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fathom.checkpoint import load
 from fathom.checkpoint.load import load_model
+from fathom.checkpoint.random import write_random
 from fathom.checkpoint.reader import Reader
 from fathom.checkpoint.save import save_model
 from fathom.config import ModelConfig
@@ -89,6 +91,25 @@ def test_experts_stand_in_the_order_of_the_kernels_where_there_are_any(
             words, codes = ours.get_parameter(name), theirs.get_parameter(name)
             assert words.dtype == torch.int32 and torch.equal(from_words(words.data), codes.data)
     assert all(m.w13.dtype == torch.float32 for m in wide.modules() if isinstance(m, Experts))
+
+
+@pytest.mark.parametrize(("experts", "linears"), [("fp4", "fp8"), ("fp8", "fp8")])
+def test_float_scales_become_exponents_where_kernels_read_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experts: str, linears: str
+) -> None:
+    """Bases are published with float32 scales; kernels would take their bytes for exponents, or leave them to torch."""
+    config = official.published(3)
+    folder = tmp_path / "in"
+    write_random(folder, ModelConfig.from_dict(config), experts=experts, linears=linears, scales="F32")
+    floats = load_model(folder, dense=False)
+    monkeypatch.setattr(dispatch, "on", lambda device: True)
+    suited = load_model(folder, dense=False)
+    scales = {name: t for name, t in suited.state_dict().items() if t.dtype == torch.float8_e8m0fnu}
+    assert scales and not [n for n, t in floats.state_dict().items() if t.dtype == torch.float8_e8m0fnu]
+    for name, scale in scales.items():
+        assert torch.equal(scale.float(), floats.state_dict()[name]), name
+    odd = torch.tensor([[0.5, 0.75]])
+    assert load._exponents(odd) is odd and load._exponents(None) is None
 
 
 def test_a_float_model_saved_twice_is_the_same_files(tmp_path: Path) -> None:

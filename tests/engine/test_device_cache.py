@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import Tensor
 from fathom.api import Event, FinishReason, GenerateRequest, SamplingParams
 from fathom.checkpoint.synthetic import synthetic_model
 from fathom.config import WEIGHTS, ModelConfig
+from fathom.engine import engine, graphs
 from fathom.engine import memory as furnishing
 from fathom.engine.device_cache import DeviceCache
 from fathom.engine.engine import Core
@@ -28,6 +30,7 @@ from fathom.errors import ConfigError, ContextError
 from fathom.model.batch import Batch, Span
 from fathom.model.cache import ContiguousCache
 from fathom.model.layers import Numerics
+from fathom.model.moe import Experts
 
 SMALL = ModelConfig.load(WEIGHTS / "small")
 CONFIG = replace(
@@ -236,4 +239,66 @@ def test_a_graph_is_captured_on_the_device_of_its_cache(
     captured = []
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: within(captured.append(list(entered))))
     Graphs(model, cache := opened(), (1,)).capture(1)
-    assert captured == [[cache.device]]
+    assert captured[0][0] == cache.device
+
+
+def test_experts_without_kernels_are_said_and_no_graph_is_tried(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torch's experts look at numbers on the host, which no capture allows."""
+    cache = Mock(device=torch.device("cuda"), slots=4)
+    assert type(Graphs.of(model, cache)) is Steps and "not FP4" in caplog.text
+    monkeypatch.setattr(Graphs, "capture", lambda graphs, size: None)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            monkeypatch.setattr(module.w13, "data", module.w13.data.view(torch.int32))
+    assert Graphs.of(model, cache).sizes == (1, 2, 4, 8)
+
+
+def test_a_broken_capture_says_what_broke_it(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def capture(graphs: Graphs, size: int) -> None:
+        try:
+            raise RuntimeError("a copy to the host")
+        finally:
+            raise RuntimeError("capture failed")
+
+    monkeypatch.setattr(Graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(graphs, "_without_kernels", lambda model: False)
+    assert type(Graphs.of(model, Mock(device=torch.device("cuda"), slots=4))) is Steps
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "a copy to the host" in caplog.text
+
+
+def test_a_device_at_fault_ends_the_requests_and_is_told_once(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(furnishing, "unfit", lambda model: "")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 34, 1 << 34))
+    core, told = Core(model, 1024, Memory(device=1 << 27, slots=2, host=0)), Told()
+    core.on_loss = told.hear
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(DeviceRunner, "run", broken)
+    ends: list[Event] = []
+    for faulty in (False, True, True):
+        monkeypatch.setattr(engine, "_is_broken", lambda device, faulty=faulty: faulty)
+        core.add(GenerateRequest(prompt_ids=[5, 6], params=SamplingParams(max_tokens=3)), ends.append)
+        core.step()
+        assert ends[-1].finish is FinishReason.ERROR and bool(core.lost) == faulty
+    assert told.said.wait(5) and len(told.reasons) == 1 and "illegal memory access" in told.reasons[0]
+    core.close()
+
+
+class Told:
+    """Who hears of a loss."""
+
+    def __init__(self) -> None:
+        self.said, self.reasons = threading.Event(), []
+
+    def hear(self, reason: str) -> None:
+        self.reasons.append(reason)
+        self.said.set()

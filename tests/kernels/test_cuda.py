@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fathom.kernels import cuda
+from fathom.kernels import cuda, dispatch
 
 
 class Compiler:
@@ -33,6 +34,24 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     monkeypatch.setattr(cuda, "_nvrtc", lambda: fake)
     monkeypatch.setattr(cuda, "_compiled", compiled)
     return fake
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (2, torch.OutOfMemoryError),
+        (214, RuntimeError),
+        (700, RuntimeError),
+        (719, RuntimeError),
+        (209, cuda.KernelError),
+        (1, cuda.KernelError),
+    ],
+)
+def test_another_kernel_is_tried_only_where_the_kernel_is_at_fault(status: int, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=f"error {status}: launch") as raised:
+        cuda._checked(status, "launch")
+    assert raised.type is kind and dispatch._is_compilation(raised.value) == (kind is cuda.KernelError)
+    cuda._checked(0, "launch")
 
 
 def test_a_source_is_compiled_once_for_each_set_of_options(compiler: Compiler, tmp_path: Path) -> None:
