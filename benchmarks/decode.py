@@ -1,9 +1,10 @@
 """Decode of V4-Flash on one H200: random weights of every size of the real ones, one rank of two.
 
-    python benchmarks/decode.py [--only first,short,long,many,packed,peer] [--out FOLDER]
+    python benchmarks/decode.py [--only first,short,served,long,many,packed,peer] [--out FOLDER]
 
-first: from weights in place to the first token; short: 4K; long: 128K and 1M; many: 32 sequences; packed: index keys
-as FP4; peer: five whole layers beside transformers. The weights are made in seconds; a part is one load of them.
+first: from weights in place to the first token; short: 4K; served: 4K over a cache for 1M, as a server has it unless
+--max-context says less; long: 128K and 1M; many: 32 sequences; packed: index keys as FP4; peer: five whole layers
+beside transformers. The weights are made in seconds; a part is one load of them.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from fathom.engine.graphs import SIZES
 K, M = 1 << 10, 1 << 20
 
 
-def bench(keys: str = "fp8") -> tuple[DecodeBench, dict[str, Any]]:
+def bench(keys: str = "fp8", max_context: int | None = None) -> tuple[DecodeBench, dict[str, Any]]:
     """One rank's model in place, and what a report says of it."""
-    job = DeviceJob(mode="decode", model="flash", synthetic=True, contexts=(), ranks=2, keys=keys)
+    job = DeviceJob(
+        mode="decode", model="flash", synthetic=True, contexts=(), ranks=2, keys=keys, max_context=max_context
+    )
     config, place = whole_config(job), gpu(job.device)
     made = DecodeBench(job, config, place)
     return made, {**asked(job, config), **where(place), **made.about}
 
 
-def rows(cases: Sequence[tuple[int, int]], keys: str = "fp8") -> dict[str, Any]:
+def rows(cases: Sequence[tuple[int, int]], keys: str = "fp8", max_context: int | None = None) -> dict[str, Any]:
     """A part of several steps: (context, sequences); the launches of the last one."""
-    made, said = bench(keys)
+    made, said = bench(keys, max_context)
     measured = [made.row(context, batch, breakdown=(context, batch) == cases[-1]) for context, batch in cases]
     return {**said, "rows": measured, "launches": made.launches}
 
@@ -54,6 +57,7 @@ def peer() -> dict[str, Any]:
 PARTS = {
     "first": first,
     "short": partial(rows, ((4 * K, 8), (4 * K, 32), (4 * K, 1))),
+    "served": partial(rows, ((4 * K, 8), (4 * K, 32), (4 * K, 1)), max_context=M),
     "long": partial(rows, ((128 * K, 1), (128 * K, 8), (M, 1))),
     "many": partial(rows, ((128 * K, 32), (4 * K, 8))),
     "packed": partial(rows, ((4 * K, 1), (M, 1)), "fp4"),

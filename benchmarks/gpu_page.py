@@ -114,7 +114,8 @@ def _figures_of(report: dict[str, Any], row: dict[str, Any]) -> dict[str, tuple[
     if report["mode"] == "prefill":
         tokens = row["context"]
         return {f"prefill of {tokens}, tok/s": (tokens / row["seconds"], tokens / sums, tokens / row["floor_seconds"])}
-    name = f"decode {row['context']} x {row['batch']}, {report['keys']} keys, ms"
+    made = f", a cache for {report['max_context']}" if report.get("max_context") else ""
+    name = f"decode {row['context']} x {row['batch']}, {report['keys']} keys{made}, ms"
     kept = {f"KV of a sequence of {row['context']}, {report['keys']} keys, GB": (
         row["kv_bytes"] / 1e9, None, row["kv_counted"] / 1e9
     )}  # fmt: skip

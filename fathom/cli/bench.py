@@ -17,9 +17,9 @@ MODES = ("decode", "prefill", "kernels")
 PEERS = ("transformers",)
 KEYS = ("fp8", "fp4")
 _MODE_FOREIGN = {"decode": ("chunk",), "prefill": ("tokens",), "kernels": ("context", "batch", "tokens", "peer")}
-_CPU_FOREIGN = ("layers", "ratios", "tp", "rank-of-two", "index-keys", "chunk")
+_CPU_FOREIGN = ("layers", "ratios", "tp", "rank-of-two", "index-keys", "chunk", "max-context")
 _GPU_FOREIGN = ("tokens", "threads", "dtype")
-_PROMPT_FOREIGN = ("batch", "peer")
+_PROMPT_FOREIGN = ("batch", "peer", "max-context")
 """The flags that mean nothing in a mode, on a CPU, on a GPU, and to prefill there."""
 PEER_CONTEXTS = (1024, 8192)
 _RUNS = 5
@@ -50,13 +50,16 @@ def bench(
     tp: Annotated[int | None, typer.Option(min=1, help="GPU: ranks of tensor parallelism; 1 if absent.")] = None,
     rank_of_two: Annotated[bool, typer.Option("--rank-of-two", help="Synthetic: one rank of two, alone.")] = False,
     index_keys: Annotated[str | None, typer.Option(help="GPU: store index keys as fp8 (faster) or fp4.")] = None,
+    max_context: Annotated[
+        int | None, typer.Option(min=1, help="GPU decode: what the cache is made for; --context if absent.")
+    ] = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="GPU prefill: tokens at a time; 8192 if absent.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object as the last line.")] = False,
 ) -> None:
     """Measure the speed of a model on this machine."""
     given = {"context": context, "batch": batch, "tokens": tokens, "runs": runs, "threads": threads, "dtype": dtype}
     given |= {"peer": peer, "layers": layers, "ratios": ratios, "tp": tp, "rank-of-two": rank_of_two or None}
-    given |= {"index-keys": index_keys, "chunk": chunk}
+    given |= {"index-keys": index_keys, "chunk": chunk, "max-context": max_context}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     on_gpu = synthetic or (device or "cpu") != "cpu"
     _check(mode, chosen, on_gpu)
@@ -117,7 +120,7 @@ def _measure_on_gpu(
     asked |= _ranks(chosen)
     asked["ratios"] = _ratios(chosen.pop("ratios", None), "layers" in chosen)
     asked["keys"] = chosen.pop("index-keys", KEYS[0])
-    asked["contexts"] = _contexts(mode, chosen)
+    asked["contexts"], asked["max_context"] = _contexts(mode, chosen), chosen.pop("max-context", None)
     report = measure(DeviceJob(**asked, **chosen))
     if os.environ.get("RANK", "0") != "0":
         return

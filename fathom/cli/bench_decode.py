@@ -97,8 +97,9 @@ class DecodeBench:
         """Room for the sequences, each with pages of its own."""
         from fathom.engine.device_cache import DeviceCache
 
-        each = -(-context // PAGE)
-        cache = DeviceCache(self.config, batch, batch * each, each * PAGE, self.place, self.job.packed)
+        each, most = -(-context // PAGE), max(context, self.job.max_context or 0)
+        pages = max(batch * each, -(-most // PAGE))
+        cache = DeviceCache(self.config, batch, pages, -(-most // PAGE) * PAGE, self.place, self.job.packed)
         for slot in range(batch):
             cache.bind(slot, list(range(slot * each, (slot + 1) * each)))
         return cache

@@ -33,7 +33,8 @@ class DeviceJob:
 
     contexts: a row for each. ratios: the layers' compression ratios, layers: only the first so many; neither: all.
     ranks: of how many the model is one, alone or, among torchrun's processes, together with the others. chunk: tokens
-    of a prompt that are computed together. runs: None for the mode's own number.
+    of a prompt that are computed together. runs: None for the mode's own number. max_context: what the
+    cache is made for, as a server's is, where that is more than is measured: launches are cut for it.
     """
 
     mode: str
@@ -50,6 +51,7 @@ class DeviceJob:
     peer: str | None = None
     device: str = "cuda"
     together: bool = False
+    max_context: int | None = None
 
     @property
     def sums_apart(self) -> bool:
@@ -104,9 +106,9 @@ def whole_config(job: DeviceJob) -> ModelConfig:
 
 def fits(job: DeviceJob, config: ModelConfig) -> None:
     """Raises ContextError for a context that the model was not made for."""
-    longest = config.max_position_embeddings
-    if max(job.contexts) > longest:
-        text = f"{max(job.contexts)} tokens do not fit the model's context of {longest}"
+    longest, asked = config.max_position_embeddings, max((*job.contexts, job.max_context or 0))
+    if asked > longest:
+        text = f"{asked} tokens do not fit the model's context of {longest}"
         raise ContextError(f"{text}: use a smaller --context")
 
 
@@ -177,7 +179,7 @@ def _loaded(job: DeviceJob, place: torch.device) -> Transformer:
 
 def asked(job: DeviceJob, config: ModelConfig) -> dict[str, Any]:
     """What a report says of its job."""
-    names = ("mode", "model", "synthetic", "batch", "ranks", "together", "keys", "peer")
+    names = ("mode", "model", "synthetic", "batch", "ranks", "together", "keys", "peer", "max_context")
     said = {name: getattr(job, name) for name in names}
     return {**said, "layers": config.num_hidden_layers, "ratios": config.compress_ratios[: config.num_hidden_layers]}
 

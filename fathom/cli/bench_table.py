@@ -28,7 +28,8 @@ def heading(r: Row) -> Iterator[str]:
     """What was measured, where, and of which commit."""
     rank = f", {r['ranks']} ranks" if r["together"] else f", one rank of {r['ranks']}" if r["ranks"] > 1 else ""
     weights = " of random weights" if r["synthetic"] else ""
-    yield f"{r['mode']} of {r['model']}{weights}{rank}, {r['layers']} layers, index keys {r['keys'].upper()}"
+    made = f", a cache for {r['max_context']} tokens" if r.get("max_context") else ""
+    yield f"{r['mode']} of {r['model']}{weights}{rank}, {r['layers']} layers, index keys {r['keys'].upper()}{made}"
     versions = f"torch {r['torch']}, CUDA {r['cuda']}, Triton {r['triton']}"
     yield f"{r['device']}, {versions}, commit {r['commit']}"
 

@@ -45,6 +45,9 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
         ([*SYNTHETIC, "--ratios", "0,4", "--layers", "2"], ["--layers"]),
         ([*SYNTHETIC, "--layers", "44"], ["--layers 44", "43"]),
         ([*SYNTHETIC, "--context", "1048577"], ["1048577", "1048576"]),
+        ([*SYNTHETIC, "--max-context", "1048577"], ["1048577", "1048576"]),
+        (["prefill", "--model", "flash", "--synthetic", "--max-context", "9"], ["--max-context", "prefill"]),
+        (["decode", "--max-context", "9"], ["--max-context", "a CPU"]),
         ([*SYNTHETIC, "--tp", "2"], ["--tp 2", "torchrun", "--rank-of-two"]),
         ([*SYNTHETIC, "--rank-of-two", "--tp", "4"], ["--tp 4"]),
         ([*SYNTHETIC, "--peer", "transformers", "--batch", "2"], ["--batch", "--peer"]),
@@ -134,6 +137,7 @@ def decode_report(**changed: object) -> dict[str, object]:
 def test_words_of_a_decode_report() -> None:
     text = list(lines(decode_report()))
     assert "one rank of 2" in text[0] and "NVIDIA H200" in text[1] and "commit abc" in text[1]
+    assert "a cache for 2097152 tokens" in next(iter(lines(decode_report(max_context=1 << 21))))
     table = [line for line in text if line.startswith("| 1048576")]
     assert [cell.strip() for cell in table[0].strip("|").split("|")] == [
         "1048576", "8", "5.120", "5.000-6.400", "0.54", "1562", "1413", "2.56", "2.00",
