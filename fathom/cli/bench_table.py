@@ -58,7 +58,7 @@ def remarks(r: Row) -> Iterator[str]:
         return
     yield f"Weights {r['weights_bytes'] / 1e9:.2f} GB, in place after {r['weights_seconds']:.1f} s."
     if r["together"]:
-        yield "Sums over the ranks are run, within the measured time; floors are those of one rank."
+        yield "Sums over the ranks are run, within the measured time, logits are not gathered; floors are one rank's."
     elif r["ranks"] > 1:
         yield "Sums over the ranks are counted by measured rates, not run: + sums."
     for row in r["rows"]:

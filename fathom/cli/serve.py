@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fathom.engine.memory import Memory
     from fathom.engine.team import Team
     from fathom.server.books import Books
+    from fathom.server.listen import Listener
 
 _GB = 1_000_000_000
 
@@ -161,10 +162,11 @@ def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk,
 
     if books.keyring:
         books.keyring.watch()
-    llm.core.on_loss = partial(_give_up, llm.team)
+    listener = Listener(app, Patience(end=grace))
+    llm.core.on_loss = partial(_give_up, listener, llm.team)
     print(_welcome(listening, desk.served, bool(len(books.keyring or ()))), file=sys.stderr, flush=True)
     try:
-        Listener(app, Patience(end=grace)).run(sockets=[listening])
+        listener.run(sockets=[listening])
     finally:
         llm.close()
         desk.replay.close()
@@ -177,11 +179,12 @@ def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk,
         os._exit(2)  # a GPU that waits for the lost rank would hold up every other way out
 
 
-def _give_up(team: Team | None, reason: str) -> None:
+def _give_up(listener: Listener, team: Team | None, reason: str) -> None:
     """Tell everybody who still waits, and end."""
+    listener.reason = reason
     for _ in range(2):  # the first asks, the second hangs up
         time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        listener.handle_exit(signal.SIGTERM, None)
     if team:
         team.end_soon(reason)
 

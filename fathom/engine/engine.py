@@ -141,9 +141,11 @@ class Core:
         """End all that runs or waits, save the cache."""
         for sequence in list(self._samplers):
             self.cancel(sequence)
-        self.prefix.close()
-        if self._team:
-            self._team.close()
+        try:
+            self.prefix.close()
+        finally:
+            if self._team:
+                self._team.close()
 
     def _take(self, sequence: Sequence, token: int, logprob: Logprob | None) -> None:
         """A token was sampled."""
@@ -186,6 +188,7 @@ class Core:
         """A step that broke ends the requests in it; the others go on.
 
         Where memory ran out those are the ones that were reading a prompt, if any: answers make the same step again.
+        (Several ranks are lost with one that fails.)
         """
         if _is_broken(self.cache.device):
             self._lose(f"{self.cache.device} is at fault ({_line(error)}): start again")

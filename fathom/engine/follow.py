@@ -21,13 +21,14 @@ from fathom.engine.memory import furnish, room
 from fathom.engine.runner import Runner, Work
 from fathom.engine.team import Part
 from fathom.errors import FathomError
+from fathom.parallel.tensor import Ranks
 
 
 class Follower:
     """One rank's cache and runner, and the orders to it."""
 
-    def __init__(self, cache: PagedCache | DeviceCache, runner: Runner) -> None:
-        self.cache, self.runner = cache, runner
+    def __init__(self, ranks: Ranks, cache: PagedCache | DeviceCache, runner: Runner) -> None:
+        self.ranks, self.cache, self.runner = ranks, cache, runner
         self._pages: dict[int, Sequence[int]] = {}
 
     def obey(self, orders: Iterable[Sequence[Any]]) -> None:
@@ -50,7 +51,7 @@ class Follower:
             if pages is not None:
                 self._pages[slot] = pages
             works.append(Work(slot, self._pages[slot], prompt, start, tokens, samples))
-        self.runner.run(works)
+        self.ranks.gathered(self.runner.run(works))
 
 
 def follow(part: Part, hear: Callable[[], Any], say: Callable[[str, Any], None]) -> None:
@@ -61,14 +62,15 @@ def follow(part: Part, hear: Callable[[], Any], say: Callable[[str, Any], None])
     context = part.context or model.config.max_position_embeddings
     say("room", room(model, part.memory, context))
     (pages,) = hear()
-    Follower(*furnish(model, part.memory, context, pages)).obey(iter(hear, None))
+    Follower(ranks, *furnish(model, part.memory, context, pages, alone=False)).obey(iter(hear, None))
 
 
 def main() -> None:
     """The process that `team` starts."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # who signals all of them means the leader, whose answers may go on
+        signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a supervisor may tell all; the leader's answers go on for a while
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
 
     def hear() -> Any:
@@ -77,13 +79,15 @@ def main() -> None:
     def say(kind: str, value: Any) -> None:
         answers.write(pickle.dumps((kind, value)))
 
+    code = 2
     try:
         follow(hear(), hear, say)
-    except (EOFError, BrokenPipeError):
-        os._exit(0)
+    except EOFError:
+        code = 0
     except Exception as error:
         say("failed", str(error).split("\n")[0] or type(error).__name__)
-        os._exit(2)
+    finally:
+        os._exit(code)  # a device may wait for others
 
 
 def _leave_with(leader: int) -> None:

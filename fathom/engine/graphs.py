@@ -69,8 +69,11 @@ class Graphs(Steps):
         self.sizes = tuple(sizes)
 
     @staticmethod
-    def of(model: Transformer, cache: DeviceCache) -> Steps:
-        """Captured for all sizes; where that fails, the reason is said and steps go without."""
+    def of(model: Transformer, cache: DeviceCache, alone: bool = True) -> Steps:
+        """Captured for all sizes; where that fails, the reason is said and steps go without.
+
+        alone: no other rank takes the same steps; with others, the failure is raised.
+        """
         if cache.device.type != "cuda":
             return Steps(model, cache)
         if _without_kernels(model):
@@ -82,6 +85,8 @@ class Graphs(Steps):
                 graphs.capture(size)
                 _log.info("decode graph of %d captured", size)
         except RuntimeError as error:
+            if not alone:
+                raise
             torch.cuda.synchronize(cache.device)
             cause = error.__context__ or error  # the end of a broken capture fails as well
             _log.warning("decode without CUDA graphs: %s", str(cause).splitlines()[0])

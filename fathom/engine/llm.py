@@ -82,6 +82,17 @@ def _on_a_gpu(checkpoint: Checkpoint, device: torch.device, tp: int) -> Numerics
     return Numerics(torch.bfloat16, checkpoint.quantised)
 
 
+def _watched(team: Team, progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
+    """The same, and an end where another rank cannot load its part."""
+
+    def watched(done: Progress) -> None:
+        team.check()
+        if progress:
+            progress(done)
+
+    return watched
+
+
 class LLM(Service):
     """An `api.Engine` over one model.
 
@@ -125,7 +136,7 @@ class LLM(Service):
         rank_config(load_config(folder), tp)
         team = Team(part)
         try:
-            return LLM(load_part(part, team.ranks, progress), max_context, memory, team)
+            return LLM(load_part(part, team.ranks, _watched(team, progress)), max_context, memory, team)
         except BaseException:
             team.close()
             raise

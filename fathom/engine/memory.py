@@ -78,16 +78,18 @@ def room(model: Transformer, memory: Memory, context: int) -> int:
     return max(1, min((memory.device or budget) // max(page, 1), most))
 
 
-def furnish(model: Transformer, memory: Memory, context: int, pages: int) -> tuple[PagedCache | DeviceCache, Runner]:
+def furnish(
+    model: Transformer, memory: Memory, context: int, pages: int, alone: bool = True
+) -> tuple[PagedCache | DeviceCache, Runner]:
     """A cache of `pages` for sequences of up to `context` tokens, and what runs the model over it.
 
-    Raises ConfigError where a step does not fit beside it.
+    alone: see `Graphs.of`. Raises ConfigError where a step does not fit beside it.
     """
     device, reason = model.embed.weight.device, unfit(model)
     try:
         if not reason:
             cache = DeviceCache(model.config, memory.slots, pages, context, device, memory.packed_keys)
-            runner = DeviceRunner(model, cache, Graphs.of(model, cache))
+            runner = DeviceRunner(model, cache, Graphs.of(model, cache, alone))
             runner.warm_up(prefill_tokens(memory, device))
             return cache, runner
         if device.type == "cuda":

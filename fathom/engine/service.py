@@ -12,8 +12,8 @@ from fathom.engine.engine import Core
 from fathom.engine.request import Sequence
 from fathom.engine.stream import Blocking, Sink
 
-_LAST = 5.0
-"""Seconds between looks at a thread that is to end: a GPU may wait for ever for one that was lost."""
+_LAST = 20.0
+"""Seconds that a thread has to end when a rank was lost: its GPU may wait for that for ever."""
 _PAUSE = 0.005  # seconds, when all that waits needs memory that others hold
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import Queue
 from typing import IO, Any
 
 import torch
@@ -33,7 +34,7 @@ from fathom.errors import ConfigError, FathomError
 from fathom.model.transformer import Transformer
 from fathom.parallel.tensor import Ranks, meeting_place
 
-_PATIENCE = 10.0
+_PATIENCE = 30.0
 """Seconds that a process may take to end by itself once its team is lost; a GPU may wait for the others for ever."""
 
 
@@ -58,7 +59,8 @@ class Part:
 class Team:
     """The leader's view of the others. Raises ConfigError where they cannot start, with their reason.
 
-    on_loss: hears, on a thread of its own, why the team was lost. By default it ends the process after ten seconds.
+    lost: why they cannot go on together, or nothing. on_loss: hears it, on a thread of its own; by default it ends the
+    process if that has not ended in half a minute.
     """
 
     def __init__(self, part: Part) -> None:
@@ -66,24 +68,39 @@ class Team:
         self.part, self.lost, self._closed = replace(part, port=store.port), "", False
         self.on_loss: Callable[[str], None] = self.end_soon
         self._loss, self._losing = threading.Event(), threading.Lock()
-        self.ranks: Ranks | None = None
         self._bound: dict[int, list[int]] = {}
-        self._others = [_start(replace(self.part, rank=rank)) for rank in range(1, part.tp)]
+        self._others: list[subprocess.Popen[bytes]] = []
+        self._heard: list[Queue[Any]] = [Queue() for _ in range(part.tp - 1)]
+        self._joined: Ranks | None = None
         try:
+            for rank in range(1, part.tp):
+                self._others.append(_start(replace(self.part, rank=rank)))
+                threading.Thread(target=self._listen, args=(rank,), name=f"fathom-rank-{rank}", daemon=True).start()
             self._answers()  # they are there
-            self.ranks = self.part.join(store)
+            self._joined = self.part.join(store)
         except BaseException:
             self.close()
             raise
 
+    @property
+    def ranks(self) -> Ranks:
+        """The leader among them."""
+        assert self._joined
+        return self._joined
+
+    def check(self) -> None:
+        """Raises ConfigError where the team is lost already."""
+        if self.lost:
+            raise ConfigError(self.lost)
+
     def furnish(self, model: Transformer, memory: Memory, context: int) -> tuple[Shared, Runner]:
-        """`memory.furnish` on every rank, with as many pages as the one with the least room has."""
+        """`memory.furnish` on every rank, with as many pages as the one with the least room has. Raises ConfigError."""
         pages = min(room(model, memory, context), *self._answers())
-        for rank in range(1, self.part.tp):
-            threading.Thread(target=self._watch, args=(rank,), name=f"fathom-rank-{rank}", daemon=True).start()
         self.tell(pages)
-        with self.step():
-            cache, runner = furnish(model, memory, context, pages)
+        try:
+            cache, runner = furnish(model, memory, context, pages, alone=False)
+        except Exception as error:
+            raise ConfigError(str(self._failed(error))) from error
         return Shared(self, cache), Led(self, runner)
 
     def tell(self, *order: Any) -> None:
@@ -105,16 +122,13 @@ class Team:
         except FathomError:
             raise
         except Exception as error:
-            self._loss.wait(1.0)  # for the reason, where it is another rank's
-            raise self.lose(f"rank 0 failed ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+            raise self._failed(error) from error
 
     def lose(self, reason: str) -> FathomError:
         """The ranks are no longer at the same place. The first reason is kept and given back."""
         with self._losing:
             first = not self.lost
-            self.lost = self.lost or (
-                f"{reason}: the model's {self.part.tp} processes cannot go on without each other, start again"
-            )
+            self.lost = self.lost or f"{reason}: the model's {self.part.tp} processes cannot go on without each other"
         if first:
             self._loss.set()
             for process in self._others:
@@ -130,7 +144,7 @@ class Team:
         return work.slot, pages, work.prompt, work.start, work.tokens, work.samples
 
     def close(self) -> None:
-        """The others end."""
+        """The others end. On a GPU the group is not left, which may wait for who has gone: it ends with the process."""
         self._closed = True
         for process in self._others:
             with suppress(OSError):
@@ -138,40 +152,43 @@ class Team:
                 process.stdin.close()
         for process in self._others:
             _ended(process)
-        if self.ranks and not (self.lost and self.ranks.device.type == "cuda"):
-            self.ranks.leave()
+        if self._joined and self._joined.device.type == "cpu":
+            self._joined.leave()
+        self._joined = None
 
     def end_soon(self, reason: str) -> None:
-        """End this process if it has not ended by itself in ten seconds."""
+        """End this process if it has not ended by itself in half a minute."""
         time.sleep(_PATIENCE)
         if not self._closed:
             print(f"error: {reason}", file=sys.stderr, flush=True)
             os._exit(2)
 
-    def _answers(self) -> list[Any]:
-        """One from every other rank. Raises ConfigError with the words of one that failed instead."""
-        out = []
-        for rank, process in enumerate(self._others, 1):
-            assert process.stdout
-            try:
-                kind, value = pickle.load(process.stdout)
-            except EOFError:
-                kind, value = "failed", "it ended without a word"
-            if kind == "failed":
-                raise ConfigError(f"rank {rank} cannot start: {value}")
-            out.append(value)
-        return out
+    def _failed(self, error: Exception) -> FathomError:
+        self._loss.wait(1.0)  # for the reason, where it is another rank's
+        return self.lose(f"rank 0 has failed ({(str(error) or type(error).__name__).splitlines()[0]})")
 
-    def _watch(self, rank: int) -> None:
-        """Wait for a follower's end, which is too early unless the team was closed."""
-        process = self._others[rank - 1]
+    def _answers(self) -> list[Any]:
+        """One from every other rank. Raises ConfigError where one cannot give it."""
+        found = [heard.get() for heard in self._heard]
+        self.check()
+        return found
+
+    def _listen(self, rank: int) -> None:
+        """Hear what a follower says until it ends, which is too early unless the team was closed."""
+        process, why = self._others[rank - 1], ""
         assert process.stdout
-        reason = ""
-        with suppress(Exception):
-            reason = f" ({pickle.load(process.stdout)[1]})"
+        with suppress(EOFError, OSError, ValueError, pickle.UnpicklingError):
+            while not why:
+                kind, value = pickle.load(process.stdout)
+                if kind == "failed":
+                    why = f" ({value})"
+                else:
+                    self._heard[rank - 1].put(value)
         process.wait()
         if not self._closed:
-            self.lose(f"rank {rank} has ended{reason}")
+            self.lose(f"rank {rank} has ended{why}")
+        for heard in self._heard:
+            heard.put(None)  # whoever waits for an answer looks whether the team is lost
 
 
 class Led(Runner):
@@ -184,7 +201,7 @@ class Led(Runner):
         """See `Runner`."""
         self._team.tell("run", [self._team.news(work) for work in works])
         with self._team.step():
-            return self._runner.run(works)
+            return self._team.ranks.gathered(self._runner.run(works))
 
 
 class Shared:
@@ -208,24 +225,23 @@ class Shared:
     def load_blocks(self, pages: Sequence[int], blocks: Sequence[bytes]) -> None:
         """Fill pages with what `blocks` gave."""
         self._team.tell("load_blocks", pages, blocks)
-        self._cache.load_blocks(pages, blocks)
+        with self._team.step():
+            self._cache.load_blocks(pages, blocks)
 
     def load_state(self, slot: int, at: int, state: bytes) -> None:
         """Put what `state` gave into a slot."""
         self._team.tell("load_state", slot, at, state)
-        self._cache.load_state(slot, at, state)
+        with self._team.step():
+            self._cache.load_state(slot, at, state)
 
 
 def _start(part: Part) -> subprocess.Popen[bytes]:
-    """A follower, which is told its part."""
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "fathom.engine.follow"]
+    """A follower, which finds the modules that this process finds, and is told its part."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; from fathom.engine.follow import main; main()"
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-P", "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,  # Ctrl-C is the leader's to answer
     )
     _write(process.stdin, pickle.dumps(part))

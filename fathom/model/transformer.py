@@ -85,8 +85,6 @@ class Transformer(HyperParameters):
         self.declare("hc_head", config, config.hc_mult, 1)
         extra = range(depth, depth + config.num_nextn_predict_layers)
         self.mtp = nn.ModuleList(MTPBlock(config, i, self.numerics) for i in extra)
-        self.gather_logits: Callable[[Tensor], Tensor] | None = None
-        """What makes [R, V] of this rank's [R, V / ranks], where the head is cut."""
 
     def forward(self, tokens: Tensor, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Token ids [T] -> the streams [R, n, D] at the batch's wanted rows, before folding and the final norm.
@@ -145,8 +143,7 @@ class Transformer(HyperParameters):
                 parameter.data = parameter.data.float() if parameter.dtype == torch.bfloat16 else parameter.data
 
     def _scores(self, h: Tensor) -> Tensor:
-        scores = linear(h, self.head.packed or self.head.weight, dtype=torch.float32)
-        return self.gather_logits(scores) if self.gather_logits else scores
+        return linear(h, self.head.packed or self.head.weight, dtype=torch.float32)
 
     def _following(self) -> list[Tensor | PackedSum]:
         """For each layer the mixing weights that its streams meet next: the next layer's, at last the head's."""

@@ -122,10 +122,9 @@ class Ranks(Protocol):
 
 
 def meet(model: Transformer, ranks: Ranks) -> None:
-    """Have a rank's model compute what the whole would: sums, logits, and of index choices a part each."""
+    """Have a rank's model compute what the whole would, and of the logits its part: sums, and shared index choices."""
     summed(model, ranks.sum)
     model.share_index(ranks.rank, ranks.count, partial(ranks.gathered, axis=0))
-    model.gather_logits = ranks.gathered
 
 
 def summed(model: Transformer, reduce: Callable[[Tensor], Tensor]) -> list[torch.utils.hooks.RemovableHandle]:

@@ -1,13 +1,15 @@
 """One process a GPU: the sums over ranks that the plan leaves open, as torchrun's processes make them.
 
 Small sums go through symmetric memory: every rank reads the others' parts itself, in one launch, which a CUDA graph can
-hold. Large ones, and those on a CPU, go through the process group. Either way a sum does not depend on what else is
+hold. Large ones, and those on a CPU, go through the process group; no graph holds any of its work, for it could not be
+left then. Either way a sum does not depend on what else is
 summed with it: of two parts there is only one, and of more they are added in the order of the ranks.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from functools import reduce
 from typing import Any
 
@@ -17,13 +19,20 @@ from torch import Tensor
 
 from fathom.errors import ConfigError
 
+_HOST = "127.0.0.1"
 SMALL = 1 << 19
 """Bytes of a sum that takes one launch: a decode step's is below, of every published model, and a prompt's above."""
 
 
 def meeting_place(count: int, port: int = 0) -> Any:
     """A store for `count` processes of this machine. The first opens it at a free port; the others come there."""
-    return dist.TCPStore("127.0.0.1", port, count, not port, wait_for_workers=False)  # type: ignore[attr-defined]
+    if port:
+        return dist.TCPStore(_HOST, port, count, False)  # type: ignore[attr-defined]
+    with socket.create_server((_HOST, 0)) as listening:  # the store's own would listen beyond this machine
+        port, own = listening.getsockname()[1], os.dup(listening.fileno())
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        _HOST, port, count, True, wait_for_workers=False, master_listen_fd=own
+    )
 
 
 class Ranks:

@@ -42,7 +42,7 @@ class Listener(uvicorn.Server):
 
     def __init__(self, app: FastAPI, patience: Patience | None = None) -> None:
         self.patience = patience or Patience()
-        self._app, self._ending = app, 0
+        self._app, self._ending, self.reason = app, 0, "the server is shutting down"
         self._loop: asyncio.AbstractEventLoop | None = None
         protocol: Any = functools.partial(Connection, patience=self.patience)
         config = uvicorn.Config(
@@ -86,7 +86,7 @@ class Listener(uvicorn.Server):
         self._ending += 1
 
     def _hang_up(self) -> None:
-        self._app.state.hang_up("the server is shutting down")
+        self._app.state.hang_up(self.reason)
 
 
 class Connection(H11Protocol):

@@ -269,6 +269,8 @@ def test_a_broken_capture_says_what_broke_it(
     monkeypatch.setattr(graphs, "_without_kernels", lambda model: False)
     assert type(Graphs.of(model, Mock(device=torch.device("cuda"), slots=4))) is Steps
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "a copy to the host" in caplog.text
+    with pytest.raises(RuntimeError, match="capture failed"):  # among others, who go on taking graphs' steps
+        Graphs.of(model, Mock(device=torch.device("cuda"), slots=4), alone=False)
 
 
 def test_a_device_at_fault_ends_the_requests_and_is_told_once(

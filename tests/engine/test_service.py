@@ -14,6 +14,7 @@ from queue import SimpleQueue
 import pytest
 
 from fathom.api import Engine, Event, FinishReason, GenerateRequest, SamplingParams
+from fathom.engine import service as engine_service
 from fathom.engine.engine import Core
 from fathom.engine.memory import Memory
 from fathom.engine.service import Service
@@ -157,6 +158,30 @@ def test_closing_ends_what_runs_what_waits_and_what_comes_later(model: Transform
     (end,) = service.generate([5, 6], LONG)
     assert end.finish is FinishReason.CANCELLED and end.usage and end.usage.prompt_tokens == 2
     assert not service._worker._thread.is_alive()
+
+
+def test_closing_does_not_wait_for_a_device_that_waits_for_ever(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU does within a sum, when another rank is gone."""
+    monkeypatch.setattr(engine_service, "_LAST", 0.2)
+    core, stuck, release = (
+        Core(model, 4096, Memory(slots=1, device=8 << 20, host=0)),
+        *(threading.Event() for _ in "12"),
+    )
+
+    def step() -> bool:
+        stuck.set()
+        return release.wait(60)
+
+    monkeypatch.setattr(core, "step", step)
+    service = Service(core)
+    service.submit(request(5, 6), lambda event: None)
+    assert stuck.wait(20)
+    core.lost = "rank 1 has ended"
+    service.close()
+    assert not release.is_set()
+    release.set()
 
 
 @pytest.mark.parametrize("part", ["plan", "advance", "add", "cancel", "finish"])

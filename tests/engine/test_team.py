@@ -29,6 +29,7 @@ from fathom.errors import ConfigError
 from fathom.model.layers import Numerics
 from fathom.model.transformer import Transformer
 from fathom.parallel.plan import cut_of, meet, share
+from tests.oracle import relative_error
 
 CONFIG = replace(ModelConfig.load(WEIGHTS / "small"), moe_intermediate_size=256, index_topk=16)
 """The embedded model, with experts wide enough to be cut."""
@@ -112,7 +113,7 @@ def test_a_lost_rank_ends_every_request_with_its_reason(folder: Path) -> None:
         *_, end = stream
         assert end.finish is FinishReason.ERROR and "rank 1 has ended" in (end.error or "")
     *_, end = pair.generate([5, 6], PARAMS)
-    assert end.finish is FinishReason.ERROR and "start again" in (end.error or "")
+    assert end.finish is FinishReason.ERROR and "cannot go on" in (end.error or "")
     begin = time.monotonic()
     pair.close()
     assert time.monotonic() - begin < 30 and len(reasons) == 1
@@ -129,7 +130,7 @@ def test_what_cannot_be_cut_or_started_is_refused_at_the_door(folder: Path, tmp_
     with pytest.raises(ConfigError, match="a rank of a model already"):
         LLM.load(folder, tp=2)
     pair.close()
-    with pytest.raises(ConfigError, match=r"rank 1 cannot start: .*nowhere"):
+    with pytest.raises(ConfigError, match=r"rank 1 has ended \(.*nowhere"):
         team = Team(Part(folder=tmp_path / "nowhere", tp=2))
         try:
             team._answers()
@@ -219,7 +220,6 @@ def test_kernels_over_two_ranks_answer_as_over_one(folder: Path) -> None:
     for rank, part in enumerate(parts):
         meet(part, OfThreads(rank, together))
     (first, second), want = side_by_side(parts), by_kernels(loaded(folder))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    error = max(float((a - b).norm() / b.norm()) for a, b in zip(first, want, strict=True))
+    error = max(relative_error(torch.cat((a, b), -1), c) for a, b, c in zip(first, second, want, strict=True))
     print(f"\ntwo ranks by kernels' references, BF16, against one: {error:.1e}")
     assert error < 0.15
