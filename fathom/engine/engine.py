@@ -190,7 +190,7 @@ class Core:
         Where memory ran out those are the ones that were reading a prompt, if any: answers make the same step again.
         (Several ranks are lost with one that fails.)
         """
-        if _is_broken(self.cache.device):
+        if not self._team and _is_broken(self.cache.device):
             self._lose(f"{self.cache.device} is at fault ({_line(error)}): start again")
         scarce = isinstance(error, torch.OutOfMemoryError) and any(not piece.sequence.decoding for piece in plan.pieces)
         for piece in plan.pieces:

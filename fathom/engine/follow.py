@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -85,6 +86,8 @@ def main() -> None:
     except EOFError:
         code = 0
     except Exception as error:
+        if not isinstance(error, FathomError):
+            traceback.print_exc()
         say("failed", str(error).split("\n")[0] or type(error).__name__)
     finally:
         os._exit(code)  # a device may wait for others
@@ -95,7 +98,3 @@ def _leave_with(leader: int) -> None:
     while os.getppid() == leader:
         time.sleep(1)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,9 +1,9 @@
 """One process a GPU: the sums over ranks that the plan leaves open, as torchrun's processes make them.
 
 Small sums go through symmetric memory: every rank reads the others' parts itself, in one launch, which a CUDA graph can
-hold. Large ones, and those on a CPU, go through the process group; no graph holds any of its work, for it could not be
-left then. Either way a sum does not depend on what else is
-summed with it: of two parts there is only one, and of more they are added in the order of the ranks.
+hold. Large ones, and those on a CPU, go through the process group, whose work no graph holds: it could not end then.
+Either way a sum does not depend on what else is summed with it: of two parts there is only one, and more are added in
+the order of the ranks.
 """
 
 from __future__ import annotations
