@@ -61,12 +61,6 @@ class Checkpoint:
         """Whether any weight is FP4 or FP8: whether the model was trained with quantised activations."""
         return any(form != "bf16" for form in self._forms.values())
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of the tensors that our model has, scales included."""
-        names = [name for e in self.entries for name in (e.name, e.scale) if name in self.reader.tensors]
-        return sum(self.reader.tensors[name].size for name in dict.fromkeys(names))
-
     def read(
         self, entry: Entry, rows: slice = slice(None), columns: slice = slice(None), *, verify: bool = False
     ) -> tuple[Tensor, Tensor | None]:

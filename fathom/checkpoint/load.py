@@ -52,7 +52,7 @@ def load_model(
     numerics = numerics or Numerics(quantize=checkpoint.quantised)
     with torch.device("meta"):
         model = rank_model(checkpoint.config, numerics, share[1])
-    loader = _Loader(checkpoint, torch.device(device), verify, Meter(checkpoint.bytes, progress), share)
+    loader = _Loader(checkpoint, torch.device(device), verify, Meter(share_bytes(checkpoint, 1), progress), share)
     groups = [(path, list(group)) for path, group in groupby(checkpoint.entries, key=lambda entry: entry.module)]
     for _, group in groups:
         loader.check(group)
@@ -68,7 +68,7 @@ def load_model(
 
 
 def share_bytes(checkpoint: Checkpoint, tp: int) -> int:
-    """Bytes of one rank's weights as stored."""
+    """Bytes of the tensors that one of `tp` ranks has, scales included, as stored."""
     tensors, total = checkpoint.reader.tensors, 0
     for entry in checkpoint.entries:
         stored = sum(tensors[name].size for name in {entry.name, entry.scale} if name in tensors)

@@ -48,7 +48,7 @@ def bench(
     layers: Annotated[int | None, typer.Option(min=1, help="Synthetic: only so many layers.")] = None,
     ratios: Annotated[str | None, typer.Option(help="Synthetic: layers of these kinds: 0,4,128.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="GPU: ranks of tensor parallelism; 1 if absent.")] = None,
-    rank_of_two: Annotated[bool, typer.Option("--rank-of-two", help="Synthetic: one rank of two, alone.")] = False,
+    rank_of_two: Annotated[bool, typer.Option("--rank-of-two", help="GPU: one rank of two, alone.")] = False,
     index_keys: Annotated[str | None, typer.Option(help="GPU: store index keys as fp8 (faster) or fp4.")] = None,
     max_context: Annotated[
         int | None, typer.Option(min=1, help="GPU decode: what the cache is made for; --context if absent.")

@@ -165,10 +165,8 @@ def test_closing_does_not_wait_for_a_device_that_waits_for_ever(
 ) -> None:
     """As a GPU does within a sum, when another rank is gone."""
     monkeypatch.setattr(engine_service, "_LAST", 0.2)
-    core, stuck, release = (
-        Core(model, 4096, Memory(slots=1, device=8 << 20, host=0)),
-        *(threading.Event() for _ in "12"),
-    )
+    core, stuck = Core(model, 4096, Memory(slots=1, device=8 << 20, host=0)), threading.Event()
+    release = threading.Event()
 
     def step() -> bool:
         stuck.set()

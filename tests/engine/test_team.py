@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Barrier
 
 import pytest
 import torch
@@ -31,6 +30,7 @@ from fathom.model.layers import Numerics
 from fathom.model.transformer import Transformer
 from fathom.parallel.plan import cut_of, meet, share
 from tests.oracle import relative_error
+from tests.parallel.threads import OfThreads, Together
 
 CONFIG = replace(ModelConfig.load(WEIGHTS / "small"), moe_intermediate_size=256, index_topk=16)
 """The embedded model, with experts wide enough to be cut."""
@@ -152,33 +152,6 @@ def test_a_rank_reads_its_share_of_a_checkpoint(folder: Path, plain: Path) -> No
         cut = sum(t.nbytes for name, t in whole.items() if cut_of(name))
         assert share_bytes(Checkpoint(stored), 1) - share_bytes(Checkpoint(stored), 2) == cut // 2
         assert cut > 0
-
-
-class Together:
-    """Ranks that are threads: `plan.Ranks` by a barrier."""
-
-    def __init__(self, count: int) -> None:
-        self.parts: list[Tensor] = [torch.empty(0)] * count
-        self.barrier = Barrier(count)
-
-    def all(self, rank: int, part: Tensor) -> list[Tensor]:
-        self.parts[rank] = part.clone()
-        self.barrier.wait(60)
-        parts = list(self.parts)
-        self.barrier.wait(60)
-        return parts
-
-
-class OfThreads:
-    def __init__(self, rank: int, together: Together) -> None:
-        self.rank, self.count, self._together = rank, len(together.parts), together
-
-    def sum(self, part: Tensor) -> Tensor:
-        first, *rest = self._together.all(self.rank, part)
-        return sum(rest, first)
-
-    def gathered(self, part: Tensor, axis: int = -1) -> Tensor:
-        return torch.cat(self._together.all(self.rank, part), axis)
 
 
 ONE, TWO = prompts(6, (515, 300))

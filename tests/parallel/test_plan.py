@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from threading import Barrier
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from fathom.model.layers import Numerics
 from fathom.model.transformer import Transformer
 from fathom.parallel.plan import cut_of, rank_config, rank_model, share, summed
 from tests.oracle import draw_config, draw_weights, our_model, relative_error
+from tests.parallel.threads import OfThreads, Together
 
 RAW = draw_config(
     11,
@@ -35,21 +35,6 @@ RAW = draw_config(
 )
 CONFIG = ModelConfig.from_dict(RAW)
 PROMPT, STEPS = 150, 3
-
-
-class Sum:
-    """An all-reduce of threads: every rank hands in its part and gets the sum, in the order of the ranks."""
-
-    def __init__(self, tp: int) -> None:
-        self.parts: list[Tensor] = [torch.empty(0)] * tp
-        self.barrier = Barrier(tp)
-
-    def at(self, rank: int, part: Tensor) -> Tensor:
-        self.parts[rank] = part
-        self.barrier.wait(60)
-        total = torch.stack(self.parts).float().sum(0).to(part.dtype)
-        self.barrier.wait(60)
-        return total
 
 
 def ranks_of(model: Transformer, tp: int) -> list[Transformer]:
@@ -86,9 +71,9 @@ def logits(model: Transformer) -> Tensor:
 
 def answers(ranks: Sequence[Transformer]) -> Tensor:
     """All ranks side by side: their logits end to end."""
-    total = Sum(len(ranks))
+    together = Together(len(ranks))
     for rank, model in enumerate(ranks):
-        summed(model, lambda part, rank=rank: total.at(rank, part))
+        summed(model, OfThreads(rank, together).sum)
     with ThreadPoolExecutor(len(ranks)) as pool:
         return torch.cat(list(pool.map(logits, ranks)), -1)
 
