@@ -35,7 +35,7 @@ def select(q: Tensor, weights: Tensor, tokens: Tokens, memory: Memory, k: int, m
     count, heads, dim = q.shape
     if dim not in (32, 64, 128):
         return NotImplemented
-    number = most // 4
+    number = triton.cdiv(most // 4, 4) * 4  # rows of scores that begin at multiples of 16 bytes
     scores = torch.empty((count, number), dtype=torch.float32, device=q.device)
     keys, where = memory.keys, (tokens.slots, tokens.positions, memory.table)
     together = min(triton.cdiv(number, KEYS), max(8, _PROGRAMS // count))
