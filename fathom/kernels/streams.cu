@@ -7,6 +7,7 @@
 // D       hidden size, a multiple of 128
 // ROWS    mixing weights of a token: 24 before a sublayer, 4 before the head
 // ROUNDS  of Sinkhorn; 0 before the head
+// TOKENS  of a block of `turn`
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -29,13 +30,67 @@ __device__ __forceinline__ float across(float v) {
     return v;
 }
 
+// a b + c d in one order, wherever the compiler meets it: a token has the same bits whatever TOKENS is.
+__device__ __forceinline__ float both(float a, float b, float c, float d) { return __fmaf_rn(a, b, __fmul_rn(c, d)); }
+
+// How a token is mixed: the share of y that each stream takes, and of each stream (rows) that each takes.
+struct Shares {
+    float4 post, comb[N];
+
+    __device__ __forceinline__ void load(const float* from_post, const float* from_comb, long long t) {
+        post = *(const float4*)(from_post + t * N);
+#pragma unroll
+        for (int i = 0; i < N; i++) comb[i] = *(const float4*)(from_comb + (t * N + i) * N);
+    }
+};
+
+__device__ __forceinline__ float of(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Two columns of the streams, each with its part of y.
+__device__ __forceinline__ void mix(u32 (&streams)[N], u32 add, const Shares& shares) {
+    u32 mixed[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        const float post = of(shares.post, j), first = of(shares.comb[0], j);
+        float a = both(post, low(add), first, low(streams[0])), b = both(post, high(add), first, high(streams[0]));
+#pragma unroll
+        for (int i = 1; i < N; i++) {
+            const float part = of(shares.comb[i], j);
+            a = __fmaf_rn(part, low(streams[i]), a), b = __fmaf_rn(part, high(streams[i]), b);
+        }
+        mixed[j] = pair_of(a, b);
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++) streams[j] = mixed[j];
+}
+
+// A warp's sums of a token over a slice: its rows of fn times the streams; the last warp's also their squares.
+template <int EACH>
+__device__ __forceinline__ void project(float* to, const float2 (&f)[EACH][N], const u32 (&streams)[N], int warp, int lane) {
+#pragma unroll
+    for (int r = 0; r < EACH; r++) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) sum += both(f[r][i].x, low(streams[i]), f[r][i].y, high(streams[i]));
+        sum = across(sum);
+        if (lane == 0) to[warp * EACH + r] = sum;
+    }
+    if (warp != WARPS - 1) return;
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) squares += both(low(streams[i]), low(streams[i]), high(streams[i]), high(streams[i]));
+    squares = across(squares);
+    if (lane == 0) to[ROWS] = squares;
+}
+
 // x [T, N, D] of which each stream takes its part of y [T, D], or stays if there is no y; sums float32 [T, SLICES, 32].
-extern "C" __global__ void __launch_bounds__(WARPS * 32) turn(
-    const u16* y, const u16* x, const float* post, const float* comb, u16* out, const float* fn, float* sums
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) turn(
+    const u16* y, const u16* x, const float* post, const float* comb, u16* out, const float* fn, float* sums, int total
 ) {
     constexpr int EACH = ROWS / WARPS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slice = blockIdx.x, column = slice * SLICE + 2 * lane;
-    const long long t = blockIdx.y;
+    const long long t0 = blockIdx.y * TOKENS;
+    const int count = total - (int)t0;
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     float2 f[EACH][N];
 #pragma unroll
@@ -43,44 +98,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) turn(
 #pragma unroll
         for (int i = 0; i < N; i++) f[r][i] = *(const float2*)(fn + (long long)(warp * EACH + r) * N * D + i * D + column);
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    u32 streams[N];
+    u32 streams[TOKENS][N], add[TOKENS];
+    Shares shares[TOKENS];
 #pragma unroll
-    for (int i = 0; i < N; i++) streams[i] = *(const u32*)(x + (t * N + i) * D + column);
-    if (y) {
-        const u32 add = *(const u32*)(y + t * D + column);
-        u32 mixed[N];
+    for (int k = 0; k < TOKENS; k++) {
+        if (k >= count) break;
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            const float share = post[t * N + j];
-            float a = share * low(add), b = share * high(add);
-#pragma unroll
-            for (int i = 0; i < N; i++) {
-                const float part = comb[(t * N + i) * N + j];
-                a += part * low(streams[i]), b += part * high(streams[i]);
-            }
-            mixed[j] = pair_of(a, b);
-        }
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            streams[j] = mixed[j];
-            if (warp == j) *(u32*)(out + (t * N + j) * D + column) = mixed[j];
-        }
+        for (int i = 0; i < N; i++) streams[k][i] = *(const u32*)(x + ((t0 + k) * N + i) * D + column);
+        if (y) add[k] = *(const u32*)(y + (t0 + k) * D + column);
     }
-    float* const to = sums + (t * SLICES + slice) * COLUMNS;
+    if (y) shares[0].load(post, comb, t0);
 #pragma unroll
-    for (int r = 0; r < EACH; r++) {
-        float sum = 0;
+    for (int k = 0; k < TOKENS; k++) {
+        if (k >= count) break;
+        const long long t = t0 + k;
+        if (y && k + 1 < TOKENS && k + 1 < count) shares[k + 1].load(post, comb, t + 1);  // on its way meanwhile
+        if (y) mix(streams[k], add[k], shares[k]);
 #pragma unroll
-        for (int i = 0; i < N; i++) sum += f[r][i].x * low(streams[i]) + f[r][i].y * high(streams[i]);
-        sum = across(sum);
-        if (lane == 0) to[warp * EACH + r] = sum;
-    }
-    if (warp == WARPS - 1) {
-        float squares = 0;
-#pragma unroll
-        for (int i = 0; i < N; i++) squares += low(streams[i]) * low(streams[i]) + high(streams[i]) * high(streams[i]);
-        squares = across(squares);
-        if (lane == 0) to[ROWS] = squares;
+        for (int j = 0; j < N; j++)
+            if (y && warp == j) *(u32*)(out + (t * N + j) * D + column) = streams[k][j];
+        project(sums + (t * SLICES + slice) * COLUMNS, f, streams[k], warp, lane);
     }
 }
 

@@ -59,10 +59,17 @@ def _turn(x: Tensor, fn: Tensor, into: tuple[Tensor, Tensor, Tensor] | None, out
     """The sums of fn's rows over slices of the new streams, and of squares: float32 [T, slices, 32]."""
     tokens, _, hidden = x.shape
     sums = torch.empty((tokens, hidden // _SLICE, _COLUMNS), dtype=torch.float32, device=x.device)
-    run = kernel("streams.cu", "turn", x.device, D=hidden, ROWS=len(fn), ROUNDS=1)
+    together = _together(tokens)
+    run = kernel("streams.cu", "turn", x.device, D=hidden, ROWS=len(fn), ROUNDS=1, TOKENS=together)
     y, post, comb = into or (None, None, None)
-    run((hidden // _SLICE, tokens), 128, x.device, *map(_pointer, (y, x, post, comb, out, fn, sums)))
+    grid, tensors = (hidden // _SLICE, -(-tokens // together)), (y, x, post, comb, out, fn, sums)
+    run(grid, 128, x.device, *map(_pointer, tensors), ctypes.c_int(tokens))
     return sums
+
+
+def _together(tokens: int) -> int:
+    """Tokens of a block of `turn`, which reads its part of fn once for them: one while there are places for all."""
+    return 1 if tokens <= 4 else 2 if tokens <= 8 else 4
 
 
 def _finished(
@@ -76,7 +83,7 @@ def _finished(
     out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
     values = torch.empty((tokens, hidden), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((tokens, hidden // 128), dtype=torch.float32, device=x.device)
-    run = kernel("streams.cu", "finish", x.device, D=hidden, ROWS=len(fn), ROUNDS=rounds)
+    run = kernel("streams.cu", "finish", x.device, D=hidden, ROWS=len(fn), ROUNDS=rounds, TOKENS=1)
     tensors = (x, sums, scale, base, weight, out, values, scales, post, comb)
     numbers = ctypes.c_float(eps), ctypes.c_float(hc_eps)
     threads = -(-hidden // 256) * 32

@@ -136,3 +136,20 @@ def test_what_is_done_ahead_is_what_would_be_done(hidden: int) -> None:
         assert all(torch.equal(a.float(), b.float()) for a, b in rounded)
         alone = streams_cuda.before(mixed[4:5].contiguous(), fn, *rest)
     assert all(torch.equal(a[4:5], b) for a, b in zip(ahead, alone, strict=True))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="CUDA C++")
+@pytest.mark.parametrize("rows", [24, N])
+def test_tokens_of_a_block_have_the_same_bits_alone(rows: int) -> None:
+    """Whether they are mixed and projected one, two or four at once; also where a block has less than it could."""
+    x, y = rand(64, N, 4096, seed=1).bfloat16(), rand(64, 4096, seed=2).bfloat16()
+    post, comb = rand(64, N, seed=3), rand(64, N, N, seed=4)
+    fn, out = rand(rows, N * 4096, seed=5), torch.empty_like(x)
+    for tokens in (2, 5, 7, 8, 9, 18, 31, 64):
+        with poisoned():
+            sums = streams_cuda._turn(x[:tokens], fn, (y[:tokens], post[:tokens], comb[:tokens]), out[:tokens])
+            for t in range(tokens):
+                own, alone = torch.empty_like(x[:1]), (y[t : t + 1], post[t : t + 1], comb[t : t + 1])
+                single = streams_cuda._turn(x[t : t + 1], fn, alone, own)
+                assert torch.equal(own[0], out[t])
+                assert torch.equal(single[0, :, : rows + 1], sums[t, :, : rows + 1])
