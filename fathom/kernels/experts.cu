@@ -12,6 +12,7 @@
 // STAGES  pieces of 256 columns that a warp has room for: whole lines of the cache, one of them in use
 // UP      1: gate and up rows, joined by SwiGLU (BF16 [P, N]); 0: down (float32 [P, N])
 // TOP     experts a token
+// ONE     1: there is one token, so every expert has one pair
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -33,18 +34,26 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 
 __device__ __forceinline__ float exponent(u32 byte) { return __uint_as_float(byte << 23); }
 
+// Of eight bytes those that the four low digits of `which` name.
+__device__ __forceinline__ u32 chosen_bytes(uint2 table, u32 which) {
+    u32 r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(table.x), "r"(table.y), "r"(which));
+    return r;
+}
+
 // Weights 0..3 and 4..7 of a word as e4m3: magnitudes by table, signs stand where they belong (`words`).
 __device__ __forceinline__ void unpack(u32 word, u32& low, u32& high, uint2 table) {
     const u32 m = word & 0x77777777u;
-    low = __byte_perm(table.x, table.y, m) | (word & 0x80808080u);
-    high = __byte_perm(table.x, table.y, m >> 16) | ((word << 4) & 0x80808080u);
+    low = chosen_bytes(table, m) | (word & 0x80808080u);
+    high = chosen_bytes(table, m >> 16) | ((word << 4) & 0x80808080u);
 }
 
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 columns) {
-    const u64 b = (u64)(128 >> 4) << 32 | columns;
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 0, 1, 1;"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+        "{ .reg .b64 b; mov.b64 b, {%8, %9};\n"
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0,%1,%2,%3}, {%4,%5,%6,%7}, b, 0, 1, 1; }"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(columns), "n"(128 >> 4));
 }
 
 // The low word of what describes columns in shared memory: 16 bytes of 8 of them lie one after the other, the next 16 of
@@ -55,7 +64,7 @@ __device__ __forceinline__ u32 described(const u8* x) {
 
 // The pairs that chose the expert of pair `own`, in order; none if an earlier one did, whose block does the work.
 __device__ int company(const int* chosen, int total, int own, int* list) {
-    if (total <= TOP) {
+    if (ONE) {
         if (threadIdx.x == 0) list[0] = own;
         __syncthreads();
         return 1;
@@ -167,7 +176,7 @@ __device__ __forceinline__ void write(
     const float (&sum)[4], const int* list, int now, const float (&share)[2], void* out, int rows, int at, float limit
 ) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2 - ONE; i++) {
         const int n = 2 * (threadIdx.x % 4) + i;
         if (n >= now) continue;
         const long long pair = list[n];
@@ -202,7 +211,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     const int g = lane / 4, j = lane % 4;
     // A warp has 16 rows: gate rows stand beside their up rows, half of the matrix further.
     constexpr int ROWS = UP ? 32 : 64;  // of the result, that a tile makes
-    const long long top = (long long)chosen[own] * (UP ? 2 * rows : rows) + blockIdx.x * TILES * ROWS;
+    const int expert = chosen[own];
+    const long long top = (long long)expert * (UP ? 2 * rows : rows) + blockIdx.x * TILES * ROWS;
     const int count = company(chosen, total, own, list);
     if (!count) return wait();
     const int far = UP ? rows : 8;
@@ -213,8 +223,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
 #pragma unroll
     for (int m = 0; m < 4; m++) at[0][m] = g * 128 + (m ^ g) * 16 + j * 4, at[1][m] = g * 128 + (m + 4 ^ g) * 16 + j * 4;
     const u32 columns = described(xs);
-    uint2 table = make_uint2(0x3c383000u, 0x4c484440u);
-    asm volatile("" : "+r"(table.x), "+r"(table.y));  // in registers, not made anew for every word
+    // As if each lane had its own: what a warp has in common is copied into a register for every word.
+    u32 nothing;
+    asm("shr.u32 %0, %1, 20;" : "=r"(nothing) : "r"(threadIdx.x));
+    const uint2 table = make_uint2(0x3c383000u | nothing, 0x4c484440u);
     for (int i = 0; i < TILES; i++) copy_scales(powers + i * 64 * SCALES, exponents, top + i * ROWS, far);
     for (int first = 0; first < count; first += PAIRS) {
         const int now = min(PAIRS, count - first);
@@ -236,7 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
         place(xs, factors, x, scales, list + first, now);
         float share[2] = {};
 #pragma unroll
-        for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2 - ONE; i++)
             if (UP && 2 * j + i < now) share[i] = shares[list[first + 2 * j + i]];
         asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
         __syncthreads();
@@ -275,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
                     const u32 of[2] = {*(const u32*)(power + chunk * 4), *(const u32*)(power + 8 * SCALES + chunk * 4)};
                     const float2 f = *(const float2*)(factors + chunk * PAIRS + 2 * j);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
+                    for (int i = 0; i < 4; i += 1 + ONE) {
                         float part = 0;
 #pragma unroll
                         for (int m = 0; m < 4; m++) part += d[c][m][i] * exponent(of[i / 2] >> 8 * m & 0xff);

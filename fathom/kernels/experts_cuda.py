@@ -105,7 +105,7 @@ def _run(tensors: tuple[Tensor, ...], rows: int, tiles: int, limit: float, form:
     x, chosen = tensors[2], tensors[4]
     columns, pairs, each = x.shape[1], chosen.numel(), math.gcd(tiles, form.tiles)
     shared = _TOGETHER * columns + each * 64 * (columns // 32 + 16) + 4 * form.stages * 2048
-    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "UP": int(up)}
+    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "UP": int(up), "ONE": int(len(chosen) == 1)}
     run = kernel("experts.cu", "experts", x.device, shared, **sizes, TOP=chosen.shape[1])
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     numbers = ctypes.c_int(pairs), ctypes.c_int(rows), ctypes.c_float(limit)
