@@ -263,22 +263,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
                 float d[2][4][4];
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-                for (int c = 0; c < 2; c++)
+                for (int c = 0; c < 2; c++) {
 #pragma unroll
                     for (int m = 0; m < 4; m++)
                         if (CHUNKS % 2 == 0 || begin + c < CHUNKS)
                             multiply(d[c][m], a[c][m], columns + ((begin + c) * 4 + m) * 16);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                }
                 load(free);
                 free = slot;
                 slot = slot == mine + (STAGES - 1) * SLOT ? mine : slot + SLOT;
                 asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
                 __syncwarp();
                 unpacked(b[0], slot, at[0], table), unpacked(b[1], slot, at[1], table);
-                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     const int chunk = begin + c;
+                    if (c == 0) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    else asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
                     if (CHUNKS % 2 && chunk >= CHUNKS) continue;
 #pragma unroll
                     for (int m = 0; m < 4; m++)  // nothing may read the results above the wait
