@@ -1,6 +1,6 @@
 // From the logits of a step's tokens to their experts. Reference 2.10; the launcher and the contract: router_cuda.py.
 //
-// A warp has a token, a lane every 32nd of its experts: the best of all is one reduction, its id another.
+// A block has a token, a thread one of its scores; the first warp chooses: the best of all is one reduction, its id another.
 //
 // E        experts, at most 1024; TOP those of a token
 // BY_HASH  1: the experts stand in a table
@@ -8,7 +8,7 @@
 
 typedef unsigned int u32;
 
-constexpr int EACH = (E + 31) / 32;
+constexpr int EACH = (E + 31) / 32, THREADS = EACH * 32;
 
 // Patterns in the order of the scores; 0 is below all.
 __device__ __forceinline__ u32 ordered(float v) {
@@ -16,27 +16,25 @@ __device__ __forceinline__ u32 ordered(float v) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-extern "C" __global__ void __launch_bounds__(32) route(
+extern "C" __global__ void __launch_bounds__(THREADS) route(
     const float* logits, const float* bias, const long long* table, const void* tokens, int* chosen, float* shares,
     float factor
 ) {
-    __shared__ float scores[EACH * 32];
-    const int t = blockIdx.x, lane = threadIdx.x;
+    __shared__ float scores[THREADS];
+    __shared__ u32 orders[THREADS];
+    const int t = blockIdx.x, own_id = threadIdx.x, lane = own_id % 32;
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    float move[EACH], x[EACH];
+    const float move = !BY_HASH && own_id < E ? bias[own_id] : 0.0f;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const float x = own_id < E ? logits[(long long)t * E + own_id] : 0.0f;
+    const float score = __fsqrt_rn(log1pf(expf(-fabsf(x))) + fmaxf(x, 0.0f));
+    scores[own_id] = score;
+    orders[own_id] = own_id < E ? ordered(score + move) : 0;
+    __syncthreads();
+    if (own_id >= 32) return;
     u32 left[EACH];
 #pragma unroll
-    for (int i = 0; i < EACH; i++) move[i] = !BY_HASH && i * 32 + lane < E ? bias[i * 32 + lane] : 0.0f;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < EACH; i++) x[i] = i * 32 + lane < E ? logits[(long long)t * E + i * 32 + lane] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const float score = __fsqrt_rn(log1pf(expf(-fabsf(x[i]))) + fmaxf(x[i], 0.0f));
-        scores[i * 32 + lane] = score;
-        left[i] = i * 32 + lane < E ? ordered(score + move[i]) : 0;
-    }
-    __syncwarp();
+    for (int i = 0; i < EACH; i++) left[i] = orders[i * 32 + lane];
     int id = 0;
     if (BY_HASH) {
         const long long token = WIDE ? ((const long long*)tokens)[t] : ((const int*)tokens)[t];

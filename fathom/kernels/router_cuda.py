@@ -27,7 +27,7 @@ def route(logits: Tensor, bias: Tensor | None, table: Tensor | None, tokens: Ten
     pointers = [
         ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (logits, bias, table, tokens, chosen, shares)
     ]
-    run((rows, 1), 32, logits.device, *pointers, ctypes.c_float(factor), early=False)
+    run((rows, 1), -(-experts // 32) * 32, logits.device, *pointers, ctypes.c_float(factor), early=False)
     return chosen, shares
 
 
