@@ -31,6 +31,9 @@ enum { QUANTISED, EIGHT, SIXTEEN };  // e4m3 times quantised x; e4m3 times BF16;
 enum { PLAIN, NORMALISED, GATED };   // x; its RMS norm; SwiGLU of x = [gate, up], which `few` rounds itself
 
 constexpr int THREADS = WARPS * 32, OWN = K / WARPS, GROUPS = OWN / 128, TOKENS = NT * 8;
+constexpr bool AHEAD = NT == 1 && FORM == PLAIN && (GROUPS == 2 || GROUPS == 4);  // a row's scales of a warp are one load
+
+struct alignas(AHEAD ? 4 * GROUPS : 4) Scales { float group[GROUPS]; };
 
 __device__ __forceinline__ uint4 fetch(const u8* p) {
     uint4 v;
@@ -102,9 +105,18 @@ __device__ __forceinline__ void eight(
     int stride, int rows
 ) {
     const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+    Scales of[2] = {};
+    if (QUANTISED_X && AHEAD)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (2 * j + i < rows) of[i] = *(const Scales*)(xs + (2 * j + i) * (K / 128));
 #pragma unroll
     for (int group = 0; group < GROUPS; group++) {
         float part[NT][4] = {};
+        // Zero, as scales are positive; the compiler does not know, and loads them beside x instead of after it.
+        if (QUANTISED_X && AHEAD)
+#pragma unroll
+            for (int i = 0; i < 4; i++) part[0][i] = fminf(of[i % 2].group[group], 0.0f);
 #pragma unroll
         for (int p = 2 * group; p < 2 * group + 2; p++) {
             uint4 a, b, v[NT][2];
@@ -142,7 +154,7 @@ __device__ __forceinline__ void eight(
             for (int i = 0; i < 4; i++) {
                 const int t = n * 8 + j * 2 + i % 2;
                 float factor = ws[group];
-                if (QUANTISED_X) factor *= t < rows ? xs[t * (K / 128) + group] : 0.0f;
+                if (QUANTISED_X) factor *= AHEAD ? of[i % 2].group[group] : t < rows ? xs[t * (K / 128) + group] : 0.0f;
                 sum[n][i] += part[n][i] * factor;
             }
     }
