@@ -187,23 +187,14 @@ __device__ __forceinline__ void load16(float (&v)[16], const u16* x) {
     }
 }
 
-// What is rounded of 16 columns, BF16 values as float32. number: the norm's eps, or the limit of SwiGLU.
-__device__ __forceinline__ void operand(float (&v)[16], const u16* x, const u16* weight, float inverse, float number) {
-    load16(v, x);
-    if (FORM == NORMALISED) {
-        float w[16];
-        load16(w, weight);
+// SwiGLU of 16 columns of x = [gate, up], BF16 values as float32.
+__device__ __forceinline__ void gated(float (&v)[16], const u16* x, float limit) {
+    float up[16];
+    load16(v, x), load16(up, x + K);
 #pragma unroll
-        for (int i = 0; i < 16; i++) v[i] = as_bf16(v[i] * inverse * w[i]);
-    }
-    if (FORM == GATED) {
-        float up[16];
-        load16(up, x + K);
-#pragma unroll
-        for (int i = 0; i < 16; i++) {
-            const float a = fminf(v[i], number);
-            v[i] = as_bf16(__fdividef(a, 1.0f + __expf(-a)) * fminf(fmaxf(up[i], -number), number));
-        }
+    for (int i = 0; i < 16; i++) {
+        const float a = fminf(v[i], limit);
+        v[i] = as_bf16(__fdividef(a, 1.0f + __expf(-a)) * fminf(fmaxf(up[i], -limit), limit));
     }
 }
 
@@ -233,7 +224,7 @@ __device__ __forceinline__ void gate(u8* to, int pitch, float* scales, const u16
         const int i = first + threadIdx.x, t = i / (K / 16), c = i % (K / 16) * 16;
         float v[16] = {};
         uint4 codes;
-        if (t < rows) operand(v, x + (long long)t * stride + c, nullptr, 1.0f, limit);
+        if (t < rows) gated(v, x + (long long)t * stride + c, limit);
         const float scale = codes_of(codes, v);
         if (t >= rows) continue;
         *(uint4*)(to + t * pitch + c) = codes;
@@ -295,30 +286,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
     if (EARLY) wait();
 }
 
+// 1 / RMS of a row of x, by a warp.
+__device__ __forceinline__ float inverse_rms(const u16* row, float eps) {
+    float sum = 0;
+#pragma unroll 4
+    for (int p = 0; p < (K + 511) / 512; p++) {
+        float v[16] = {};
+        if (K % 512 == 0 || p * 512 + threadIdx.x * 16 < K) load16(v, row + p * 512 + threadIdx.x * 16);
+#pragma unroll
+        for (int i = 0; i < 16; i++) sum += v[i] * v[i];
+    }
+    for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
+    return __fdiv_rn(1.0f, __fsqrt_rn(sum / K + eps));
+}
+
 // x, or its RMS norm, as e4m3 [T, K] with scales [T, K / 128]. A warp has 512 columns of a row, and all for the norm.
 extern "C" __global__ void __launch_bounds__(32) rounded(
     const u16* x, const u16* norm, u8* codes, float* scales, float eps
 ) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    wait();
     const u16* row = x + (long long)blockIdx.y * K;
-    float inverse = 1, v[16] = {};
-    if (FORM == NORMALISED) {
-        float sum = 0;
-#pragma unroll
-        for (int c = threadIdx.x * 16; c < K; c += 512) {
-            load16(v, row + c);
-#pragma unroll
-            for (int i = 0; i < 16; i++) sum += v[i] * v[i];
-        }
-        for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-        inverse = __fdiv_rn(1.0f, __fsqrt_rn(sum / K + eps));
-    }
     const int c = blockIdx.x * 512 + threadIdx.x * 16;
+    const bool inside = K % 512 == 0 || c < K;
+    float v[16] = {}, w[16] = {};
+    if (FORM == NORMALISED && inside) load16(w, norm + c);
+    wait();
+    if (inside) load16(v, row + c);
+    if (FORM == NORMALISED) {
+        const float inverse = inverse_rms(row, eps);
+#pragma unroll
+        for (int i = 0; i < 16; i++) v[i] = as_bf16(v[i] * inverse * w[i]);
+    }
     uint4 own;
-    if (c < K) operand(v, row + c, norm + c, inverse, 0);
     const float scale = codes_of(own, v);
-    if (c >= K) return;
+    if (!inside) return;
     *(uint4*)(codes + (long long)blockIdx.y * K + c) = own;
     if (c % 128 == 0) scales[blockIdx.y * (K / 128) + c / 128] = scale;
 }
