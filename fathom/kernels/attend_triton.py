@@ -21,7 +21,7 @@ from fathom.kernels import attend_cuda
 from fathom.kernels.common_triton import PLAIN, from_e8m0, operand, options, power_of_two
 from fathom.kernels.decode import Memory, Tokens
 from fathom.kernels.stored import BLOCK
-from fathom.kernels.stored_triton import turned
+from fathom.kernels.stored_triton import turn_of, turned
 
 ROWS = 16 if PLAIN else 32
 """Rows that a program looks at together."""
@@ -196,12 +196,13 @@ def _combine(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rs = tl.arange(0, S)
     bar = tl.load(sink + h)
+    cos, sin = turn_of(turn + t * ROPE, COLUMNS, C, ROPE, tl.program_id(0) * COLUMNS)
+    position = tl.load(positions + t)
+    slot = tl.load(slots + t)
     WINDOWS: tl.constexpr = (SPAN + B - 1) // B
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    position = tl.load(positions + t)
-    slot = tl.load(slots + t)
     number, blocks = _entries(position, slot, NUMBER, RATIO, CHOSEN, B, SPLITS)
     near = (rs < WINDOWS) & (position - SPAN + 1 + rs * B + B > 0) & (slot >= 0)
     used = near | ((rs >= WINDOWS) & ((rs - WINDOWS) * blocks * B < number))
@@ -213,5 +214,5 @@ def _combine(
     share = tl.exp(m - top)
     y = tl.sum(part * share[:, None], 0) / (tl.sum(n * share, 0) + tl.exp(bar - top))
     y = tl.reshape(y.to(tl.bfloat16).to(tl.float32), (1, COLUMNS))
-    y = turned(y, turn + t * ROPE, 1, COLUMNS, C, ROPE, True, tl.program_id(0) * COLUMNS)
+    y = turned(y, cos, -sin, 1, COLUMNS)
     tl.store(out + (t * H + h) * C + column[None, :], y.to(tl.bfloat16), mask=(column < C)[None, :])

@@ -23,7 +23,7 @@ from fathom.kernels.decode import Memory, Tokens
 from fathom.kernels.quant import hadamard_matrix
 from fathom.kernels.store import Norms, Projected
 from fathom.kernels.stored import BLOCK
-from fathom.kernels.stored_triton import bf16, fp4, normed, planes_of, rounded, store_key, store_row, turned
+from fathom.kernels.stored_triton import bf16, fp4, normed, planes_of, rounded, store_key, store_row, turn_of, turned
 
 _HEADS, _INDEX_HEADS = 4, 16
 """Heads that a program makes the queries of."""
@@ -175,7 +175,8 @@ def _compressed(
         pooled = tl.where(inside, acc / total, 0.0)
         x = normed(tl.reshape(bf16(pooled), (1, B)), D, EPS)
         x = bf16(x * tl.load(norm + r, mask=inside, other=0.0).to(tl.float32)[None, :])
-        x = turned(x, turn + b * ROPE, 1, B, D, ROPE, False, 0)
+        cos, sin = turn_of(turn + b * ROPE, B, D, ROPE, 0)
+        x = turned(x, cos, sin, 1, B)
         block = position // RATIO
         page = tl.load(table + slot * PAGES + block // PER).to(tl.int64)
         if KEY:
@@ -200,16 +201,18 @@ def _prepare(
     r = tl.arange(0, B)
     slot = tl.load(slots + b)
     position = tl.load(positions + b)
+    # Before the wait what does not change: later each would be another wait for memory.
+    turn = turns + b * ROPE
+    cos, sin = turn_of(turn, B, C, ROPE, 0)
+    weights = tl.load(weight + r, mask=(r < C) & (role == 0), other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    turn = turns + b * ROPE
     if role == 0:
         if slot >= 0:
             x = tl.load(kv + b.to(tl.int64) * KVSTRIDE + r, mask=r < C, other=0.0).to(tl.float32)
             x = normed(tl.reshape(x, (1, B)), C, EPS)
-            x = bf16(x * tl.load(weight + r, mask=r < C, other=0.0).to(tl.float32)[None, :])
-            x = turned(x, turn, 1, B, C, ROPE, False, 0)
+            x = turned(bf16(x * weights[None, :]), cos, sin, 1, B)
             if not KEEPS:
                 tl.store(rows + b.to(tl.int64) * C + r, rounded(x, B, C, ROPE), mask=r < C)
             elif position >= END - RING:
@@ -235,14 +238,15 @@ def _prepare(
         mask = (heads < H)[:, None] & (r < C)[None, :]
         place = (b.to(tl.int64) * H + heads)[:, None] * C + r[None, :]
         x = bf16(normed(tl.load(q + place, mask=mask, other=0.0).to(tl.float32), C, EPS))
-        tl.store(out + place, turned(x, turn, HB, B, C, ROPE, False, 0).to(tl.bfloat16), mask=mask)
+        tl.store(out + place, turned(x, cos, sin, HB, B).to(tl.bfloat16), mask=mask)
     else:
         if RATIO == 4:
             rd = tl.arange(0, D)
             index_heads = (role - 3 - QBLOCKS) * IB + tl.arange(0, IB)
             there = (index_heads < IH)[:, None] & (rd < D)[None, :]
             spot = (b.to(tl.int64) * IH + index_heads)[:, None] * D + rd[None, :]
-            v = turned(tl.load(iq + spot, mask=there, other=0.0).to(tl.float32), turn, IB, D, D, ROPE, False, 0)
             square = operand(tl.load(mixer + rd[:, None] * D + rd[None, :]), PLAIN)
+            index_cos, index_sin = turn_of(turn, D, D, ROPE, 0)
+            v = turned(tl.load(iq + spot, mask=there, other=0.0).to(tl.float32), index_cos, index_sin, IB, D)
             y, scale = fp4(bf16(tl.dot(operand(v.to(tl.bfloat16), PLAIN), square, input_precision="ieee")), IB, D)
             tl.store(iout + spot, tl.reshape(y * scale[:, :, None], (IB, D)).to(tl.bfloat16), mask=there)

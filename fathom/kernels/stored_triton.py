@@ -42,15 +42,18 @@ def bf16(x):
 
 
 @triton.jit
-def turned(x, turn, R: tl.constexpr, B: tl.constexpr, C: tl.constexpr, ROPE: tl.constexpr, BACK: tl.constexpr, FROM):
-    """The last ROPE of C columns of x [R, B], columns FROM.. of a row, turned and rounded to BF16."""
-    even, odd = tl.split(tl.reshape(x, (R, B // 2, 2)))
+def turn_of(turn, B: tl.constexpr, C: tl.constexpr, ROPE: tl.constexpr, FROM):
+    """cos and sin [1, B / 2] of columns FROM .. FROM + B of a row, of which the last ROPE of C are turned."""
     pair = tl.arange(0, B // 2) + FROM // 2 - (C - ROPE) // 2
     inside = (pair >= 0) & (pair < ROPE // 2)
-    cos = tl.load(turn + 2 * pair, mask=inside, other=1.0)[None, :]
-    sin = tl.load(turn + 2 * pair + 1, mask=inside, other=0.0)[None, :]
-    if BACK:
-        sin = -sin
+    cos = tl.load(turn + 2 * pair, mask=inside, other=1.0)
+    return cos[None, :], tl.load(turn + 2 * pair + 1, mask=inside, other=0.0)[None, :]
+
+
+@triton.jit
+def turned(x, cos, sin, R: tl.constexpr, B: tl.constexpr):
+    """x [R, B] turned and rounded to BF16; back with -sin."""
+    even, odd = tl.split(tl.reshape(x, (R, B // 2, 2)))
     return tl.reshape(tl.join(bf16(even * cos - odd * sin), bf16(even * sin + odd * cos)), (R, B))
 
 
