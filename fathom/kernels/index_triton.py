@@ -43,7 +43,8 @@ def select(q: Tensor, weights: Tensor, tokens: Tokens, memory: Memory, k: int, m
     _scores[(together, count)](
         q.contiguous(), weights, keys.data if packed else keys.data.view(torch.float8_e4m3fn), keys.scales, *where,
         scores, weights.stride(0), memory.table.shape[1], number, k, dim**-0.5 * heads**-0.5, heads,
-        max(16, power_of_two(heads)), dim, keys.per, KEYS, packed, PLAIN, **options(q, 4, early=False),
+        max(16, power_of_two(heads)), dim, keys.per, KEYS, together * KEYS >= number, packed, PLAIN,
+        **options(q, 4, early=False),
     )  # fmt: skip
     return choose(scores, tokens, memory.table, keys.per, k)
 
@@ -91,56 +92,101 @@ def _one_scale(x):
 
 
 @triton.jit
+def _rows(table, slot, at, seen, PAGES, PER: tl.constexpr):
+    """Where keys `at` are stored."""
+    page = tl.load(table + slot * PAGES + at // PER, mask=seen, other=0).to(tl.int64)
+    return page * PER + at % PER
+
+
+@triton.jit
+def _keys(keys, scales, row, D: tl.constexpr, PACKED: tl.constexpr):
+    """Stored keys and their scales."""
+    DATA: tl.constexpr = D // 2 if PACKED else D
+    k = tl.load(keys + row[:, None] * DATA + tl.arange(0, DATA)[None, :])
+    if PACKED:
+        scale = tl.load(scales + row[:, None] * (D // 32) + tl.arange(0, D // 32)[None, :])
+    else:
+        scale = tl.load(scales + row)
+    return k, scale
+
+
+@triton.jit
+def _queries(q, weights, t, WSTRIDE, H, HB: tl.constexpr, D: tl.constexpr, PACKED: tl.constexpr):
+    """Of a token: weights of the heads, and its queries' columns, even and odd ones where keys are FP4."""
+    rh = tl.arange(0, HB)
+    w = tl.load(weights + t * WSTRIDE + rh, mask=rh < H, other=0.0)
+    place = q + (t * H + rh)[:, None] * D
+    mask = (rh < H)[:, None]
+    if PACKED:
+        rd = tl.arange(0, D // 2)
+        even = tl.load(place + 2 * rd[None, :], mask=mask, other=0.0)
+        odd = tl.load(place + 2 * rd[None, :] + 1, mask=mask, other=0.0)
+    else:
+        even = tl.load(place + tl.arange(0, D)[None, :], mask=mask, other=0.0)
+        odd = even
+    return w, even, odd
+
+
+@triton.jit
+def _weighed(w, even, odd, SCALE, PACKED: tl.constexpr, PLAIN: tl.constexpr):
+    """The same as a product takes it: columns first; rounded to e4m3 for keys in e4m3, their scales in the weights."""
+    w = (w.to(tl.float32) * SCALE).to(tl.bfloat16).to(tl.float32)
+    if PACKED:
+        first = operand(even, PLAIN)
+        second = operand(odd, PLAIN)
+    else:
+        x = even.to(tl.float32)
+        one = _one_scale(x)
+        w = w * one
+        x = x * inverse_pow2(one)[:, None]
+        first = x if PLAIN else x.to(tl.float8e4nv)
+        second = first
+    return w, tl.trans(first), tl.trans(second)
+
+
+@triton.jit
+def _score(k, scale, w, even, odd, B: tl.constexpr, D: tl.constexpr, PACKED: tl.constexpr, PLAIN: tl.constexpr):
+    if PACKED:
+        code, power = k.to(tl.int32), from_e8m0(scale)
+        low = _scaled(_e2m1(code & 15), power, B, D)
+        high = _scaled(_e2m1(code >> 4), power, B, D)
+        dots = tl.dot(operand(low.to(tl.bfloat16), PLAIN), even, input_precision="ieee")
+        dots = tl.dot(operand(high.to(tl.bfloat16), PLAIN), odd, dots, input_precision="ieee")
+        score = tl.sum(tl.maximum(dots, 0.0) * w[None, :], 1)
+    else:
+        dots = tl.dot(k.to(tl.float32), even, input_precision="ieee") if PLAIN else tl.dot(k, even)
+        score = tl.sum(tl.maximum(dots, 0.0) * w[None, :], 1) * scale
+    return score
+
+
+@triton.jit
 def _scores(
     q, weights, keys, scales, slots, positions, table, scores, WSTRIDE, PAGES, ROOM, TOPK, SCALE, H, HB: tl.constexpr,
-    D: tl.constexpr, PER: tl.constexpr, B: tl.constexpr, PACKED: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, PER: tl.constexpr, B: tl.constexpr, ONCE: tl.constexpr, PACKED: tl.constexpr, PLAIN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(1)
-    rh = tl.arange(0, HB)
-    DATA: tl.constexpr = D // 2 if PACKED else D
-    rd = tl.arange(0, DATA)
     slot = tl.load(slots + t)
     number = tl.where(slot >= 0, (tl.load(positions + t) + 1) // 4, 0)
+    at = tl.program_id(0) * B + tl.arange(0, B)
+    if ONCE:  # a program has B keys at most: it looks for them first, then for the queries
+        row = _rows(table, slot, at, at < number, PAGES, PER)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if number > TOPK:
-        w = tl.load(weights + t * WSTRIDE + rh, mask=rh < H, other=0.0).to(tl.float32)
-        w = (w * SCALE).to(tl.bfloat16).to(tl.float32)
-        place = q + (t * H + rh)[:, None] * D
-        mask = (rh < H)[:, None]
-        if PACKED:
-            even = tl.trans(operand(tl.load(place + 2 * rd[None, :], mask=mask, other=0.0), PLAIN))
-            odd = tl.trans(operand(tl.load(place + 2 * rd[None, :] + 1, mask=mask, other=0.0), PLAIN))
+    if (number > TOPK) & (tl.program_id(0) * B < number):
+        out = scores + t.to(tl.int64) * ROOM
+        w, even, odd = _queries(q, weights, t, WSTRIDE, H, HB, D, PACKED)
+        if ONCE:
+            k, scale = _keys(keys, scales, row, D, PACKED)
+            w, even, odd = _weighed(w, even, odd, SCALE, PACKED, PLAIN)
+            tl.store(out + at, _score(k, scale, w, even, odd, B, D, PACKED, PLAIN), mask=at < number)
         else:
-            x = tl.load(place + rd[None, :], mask=mask, other=0.0).to(tl.float32)
-            one = _one_scale(x)
-            w = w * one
-            even = tl.trans((x * inverse_pow2(one)[:, None]).to(tl.float8e4nv))
-            if PLAIN:
-                even = tl.trans(x * inverse_pow2(one)[:, None])
-        for first in range(tl.program_id(0) * B, number, tl.num_programs(0) * B):
-            at = first + tl.arange(0, B)
-            seen = at < number
-            page = tl.load(table + slot * PAGES + at // PER, mask=seen, other=0).to(tl.int64)
-            row = page * PER + at % PER
-            k = tl.load(keys + row[:, None] * DATA + rd[None, :])
-            if PACKED:
-                rs = tl.arange(0, D // 32)
-                scale = from_e8m0(tl.load(scales + row[:, None] * (D // 32) + rs[None, :]))
-                code = k.to(tl.int32)
-                low = _scaled(_e2m1(code & 15), scale, B, D)
-                high = _scaled(_e2m1(code >> 4), scale, B, D)
-                dots = tl.dot(operand(low.to(tl.bfloat16), PLAIN), even, input_precision="ieee")
-                dots = tl.dot(operand(high.to(tl.bfloat16), PLAIN), odd, dots, input_precision="ieee")
-                score = tl.sum(tl.maximum(dots, 0.0) * w[None, :], 1)
-            else:
-                if PLAIN:
-                    dots = tl.dot(k.to(tl.float32), even, input_precision="ieee")
-                else:
-                    dots = tl.dot(k, even)
-                score = tl.sum(tl.maximum(dots, 0.0) * w[None, :], 1) * tl.load(scales + row)
-            tl.store(scores + t.to(tl.int64) * ROOM + at, score, mask=seen)
+            w, even, odd = _weighed(w, even, odd, SCALE, PACKED, PLAIN)
+            for first in range(tl.program_id(0) * B, number, tl.num_programs(0) * B):
+                at = first + tl.arange(0, B)
+                k, scale = _keys(keys, scales, _rows(table, slot, at, at < number, PAGES, PER), D, PACKED)
+                tl.store(out + at, _score(k, scale, w, even, odd, B, D, PACKED, PLAIN), mask=at < number)
 
 
 @triton.jit

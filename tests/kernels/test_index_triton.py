@@ -1,5 +1,8 @@
 """The indexer's choice on a GPU (or under the interpreter) against a sort."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -114,3 +117,25 @@ def test_a_token_alone_and_in_company_and_with_more_room() -> None:
     for i, n in enumerate(seen):
         assert got[i] == reference(scores[i], n, pages[i], K)
         assert again[i] == reference(scores[i], n, more[i], K)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_scores_in_one_round_and_in_several(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are fewer programs than blocks of keys each goes round; the choice stays."""
+    g, number, dim = torch.Generator().manual_seed(3), 9 * ops.KEYS + 5, 64
+    pages = torch.randperm(-(-number // PER) + 3, generator=g).int()
+    rows = len(pages) * PER
+    data = torch.randint(0, 256, (rows, dim // 2), generator=g).to(torch.uint8)
+    scales = torch.full((rows, dim // 32), 127, dtype=torch.uint8)
+    if not packed:
+        data, scales = torch.randint(0, 120, (rows, dim), generator=g).to(torch.uint8), torch.rand(rows, generator=g)
+    keys = SimpleNamespace(data=data.to(DEVICE), scales=scales.to(DEVICE), per=PER, packed=packed)
+    memory: Any = SimpleNamespace(keys=keys, table=pages[None].to(DEVICE))
+    where = torch.tensor([[0, 0, -1], [4 * number - 1, 4 * number - 700, 0]], dtype=torch.int32, device=DEVICE)
+    tokens: Any = SimpleNamespace(slots=where[0], positions=where[1])
+    q, weights = torch.randn(3, 8, dim, generator=g).bfloat16(), torch.randn(3, 8, generator=g).bfloat16()
+    ask = (q.to(DEVICE), weights.to(DEVICE), tokens, memory, 32, 4 * number)
+    with poisoned():
+        once = ops.select(*ask)
+        monkeypatch.setattr(ops, "_PROGRAMS", 1)
+        assert torch.equal(ops.select(*ask), once)
