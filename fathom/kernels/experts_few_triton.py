@@ -35,34 +35,33 @@ def chain(chosen: Tensor) -> Tensor:
 
 def gate_up(
     x: Tensor, scales: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float,
-    links: Tensor | None = None,
+    links: Tensor,
 ) -> Tensor:  # fmt: skip
     """shares * silu(min(a, limit)) * clamp(b, -limit, limit), [a, b] = w13[e] x, for every pair: BF16 [P, I].
 
     x int32 [T, 4, D / 8] and scales [T, D / 128] from `quantise(..., PAIRS)`; chosen int32 [T, k]; shares float32
-    [T, k]; links from `chain`, None to read an expert's weights once for every pair (right for one token).
+    [T, k]; links from `chain`.
     """
     width, words = weights.w13.shape[1] // 2, weights.w13.shape[2]
     pairs = chosen.numel()
     out = torch.empty((pairs, width), dtype=torch.bfloat16, device=x.device)
     rows, blocks, warps = _PLAIN_TILES if PLAIN else (2, 4, 2) if width <= 1024 else (1, 4, 2)
     _gate_up[(width // (rows * blocks), pairs)](
-        x, scales, weights.w13, weights.s13, chosen, shares, chosen if links is None else links, out, pairs, width,
-        words * 8, power_of_two(words // 4), rows, blocks, chosen.shape[1], limit, links is not None, PLAIN,
-        **options(x, warps),
+        x, scales, weights.w13, weights.s13, chosen, shares, links, out, pairs, width,
+        words * 8, power_of_two(words // 4), rows, blocks, chosen.shape[1], limit, PLAIN, **options(x, warps),
     )  # fmt: skip
     return out
 
 
-def down(x: Tensor, scales: Tensor, chosen: Tensor, weights: Fp4Experts, links: Tensor | None = None) -> Tensor:
+def down(x: Tensor, scales: Tensor, chosen: Tensor, weights: Fp4Experts, links: Tensor) -> Tensor:
     """w2[e] x for every pair, float32 [P, D]; x int32 [P, 4, I / 8] and scales [P, I / 128] as in `gate_up`."""
     hidden, words = weights.w2.shape[1:]
     pairs = chosen.numel()
     out = torch.empty((pairs, hidden), dtype=torch.float32, device=x.device)
     rows, blocks, warps = _PLAIN_TILES if PLAIN else (4, 4, 1) if words <= 128 else (2, 8, 1)
     _down[(hidden // (rows * blocks), pairs)](
-        x, scales, weights.w2, weights.s2, chosen, chosen if links is None else links, out, pairs, hidden, words * 8,
-        power_of_two(words // 4), rows, blocks, links is not None, PLAIN, **options(x, warps),
+        x, scales, weights.w2, weights.s2, chosen, links, out, pairs, hidden, words * 8,
+        power_of_two(words // 4), rows, blocks, PLAIN, **options(x, warps),
     )  # fmt: skip
     return out
 
@@ -71,7 +70,7 @@ def few(
     x: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, shared: Tensor | None = None
 ) -> Tensor:
     """The whole of it for up to MOST_FEW tokens: x [T, D], chosen [T, k], shares float32 [T, k] -> as `combine`."""
-    links = chain(chosen) if x.shape[0] > 1 else None
+    links = chain(chosen)
     hidden = gate_up(*quantise(x, PAIRS), chosen, shares, weights, limit, links)
     parts = down(*quantise(hidden, PAIRS), chosen, weights, links)
     return combine(parts, chosen.shape[1], shared)
@@ -154,19 +153,17 @@ def _row_sums(w, scale, x0, x1, x2, x3, xscale, PLAIN: tl.constexpr):
 @triton.jit
 def _gate_up(
     x, xs, w, s, chosen, shares, links, out, P, I: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BN: tl.constexpr,
-    NB: tl.constexpr, TOPK: tl.constexpr, LIMIT: tl.constexpr, LINKED: tl.constexpr, PLAIN: tl.constexpr,
-    PDL: tl.constexpr,
+    NB: tl.constexpr, TOPK: tl.constexpr, LIMIT: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """NB blocks of BN rows of one expert: x stays in registers, the next block is loaded before this one is used."""
+    """NB blocks of BN rows of one expert for all pairs that chose it; the next block is loaded before this one is used."""
     p = tl.program_id(1)
     W: tl.constexpr = K // 8
     MASKED: tl.constexpr = K // 32 != G
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if LINKED:
-        if tl.load(links + p) == 0:
-            return
+    if tl.load(links + p) == 0:
+        return
     e = tl.load(chosen + p).to(tl.int64)
     rn = tl.program_id(0) * (BN * NB) + tl.arange(0, BN)
     rg = tl.arange(0, G)
@@ -181,9 +178,6 @@ def _gate_up(
     wb = fetch(wp + I * W, wm, MASKED)
     sa = fetch(sp, sm, MASKED)
     sb = fetch(sp + I * (K // 32), sm, MASKED)
-    t = (p // TOPK).to(tl.int64)
-    x0, x1, x2, x3 = _planes(x + t * (4 * W), words, wm, W, MASKED)
-    xscale = fetch(xs + t * (K // 128) + groups // 4, sm, MASKED)
     for i in tl.static_range(NB):
         ca = wa
         cb = wb
@@ -194,27 +188,22 @@ def _gate_up(
             wb = fetch(wp + I * W + (i + 1) * BN * W, wm, MASKED)
             sa = fetch(sp + (i + 1) * BN * (K // 32), sm, MASKED)
             sb = fetch(sp + I * (K // 32) + (i + 1) * BN * (K // 32), sm, MASKED)
-        a = _row_sums(ca, da, x0, x1, x2, x3, xscale, PLAIN)
-        b = _row_sums(cb, db, x0, x1, x2, x3, xscale, PLAIN)
-        u = swiglu(a, b, LIMIT) * tl.load(shares + p)
-        tl.store(out + p.to(tl.int64) * I + rn + i * BN, u.to(tl.bfloat16))
-        if LINKED:
-            q = tl.load(links + P + p)
-            while q >= 0:
-                t = (q // TOPK).to(tl.int64)
-                y0, y1, y2, y3 = _planes(x + t * (4 * W), words, wm, W, MASKED)
-                yscale = fetch(xs + t * (K // 128) + groups // 4, sm, MASKED)
-                a = _row_sums(ca, da, y0, y1, y2, y3, yscale, PLAIN)
-                b = _row_sums(cb, db, y0, y1, y2, y3, yscale, PLAIN)
-                u = swiglu(a, b, LIMIT) * tl.load(shares + q)
-                tl.store(out + q.to(tl.int64) * I + rn + i * BN, u.to(tl.bfloat16))
-                q = tl.load(links + P + q)
+        q = p
+        while q >= 0:  # one way for the first and those that follow: another would be other bits
+            t = (q // TOPK).to(tl.int64)
+            x0, x1, x2, x3 = _planes(x + t * (4 * W), words, wm, W, MASKED)
+            xscale = fetch(xs + t * (K // 128) + groups // 4, sm, MASKED)
+            a = _row_sums(ca, da, x0, x1, x2, x3, xscale, PLAIN)
+            b = _row_sums(cb, db, x0, x1, x2, x3, xscale, PLAIN)
+            u = swiglu(a, b, LIMIT) * tl.load(shares + q)
+            tl.store(out + q.to(tl.int64) * I + rn + i * BN, u.to(tl.bfloat16))
+            q = tl.load(links + P + q)
 
 
 @triton.jit
 def _down(
     x, xs, w, s, chosen, links, out, P, D: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BN: tl.constexpr,
-    NB: tl.constexpr, LINKED: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
+    NB: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `_gate_up`, for the D rows of w2 and each pair's own activations."""
     p = tl.program_id(1)
@@ -223,9 +212,8 @@ def _down(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if LINKED:
-        if tl.load(links + p) == 0:
-            return
+    if tl.load(links + p) == 0:
+        return
     e = tl.load(chosen + p).to(tl.int64)
     rn = tl.program_id(0) * (BN * NB) + tl.arange(0, BN)
     rg = tl.arange(0, G)
@@ -238,19 +226,15 @@ def _down(
     sp = s + e * (D * (K // 32)) + rn[:, None] * (K // 32) + groups
     wa = fetch(wp, wm, MASKED)
     sa = fetch(sp, sm, MASKED)
-    x0, x1, x2, x3 = _planes(x + p.to(tl.int64) * (4 * W), words, wm, W, MASKED)
-    xscale = fetch(xs + p * (K // 128) + groups // 4, sm, MASKED)
     for i in tl.static_range(NB):
         ca = wa
         da = sa
         if i + 1 < NB:
             wa = fetch(wp + (i + 1) * BN * W, wm, MASKED)
             sa = fetch(sp + (i + 1) * BN * (K // 32), sm, MASKED)
-        tl.store(out + p.to(tl.int64) * D + rn + i * BN, _row_sums(ca, da, x0, x1, x2, x3, xscale, PLAIN))
-        if LINKED:
-            q = tl.load(links + P + p)
-            while q >= 0:
-                y0, y1, y2, y3 = _planes(x + q.to(tl.int64) * (4 * W), words, wm, W, MASKED)
-                yscale = fetch(xs + q * (K // 128) + groups // 4, sm, MASKED)
-                tl.store(out + q.to(tl.int64) * D + rn + i * BN, _row_sums(ca, da, y0, y1, y2, y3, yscale, PLAIN))
-                q = tl.load(links + P + q)
+        q = p
+        while q >= 0:
+            x0, x1, x2, x3 = _planes(x + q.to(tl.int64) * (4 * W), words, wm, W, MASKED)
+            xscale = fetch(xs + q * (K // 128) + groups // 4, sm, MASKED)
+            tl.store(out + q.to(tl.int64) * D + rn + i * BN, _row_sums(ca, da, x0, x1, x2, x3, xscale, PLAIN))
+            q = tl.load(links + P + q)

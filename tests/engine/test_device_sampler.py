@@ -164,4 +164,4 @@ def test_the_host_waits_once() -> None:
             choose(logits, samplers)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+    assert len([w for w in caught if "called a synchronizing CUDA operation" in str(w.message)]) == 1
