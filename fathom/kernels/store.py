@@ -2,8 +2,8 @@
 
 Reference 2.5 to 2.8, 4, 5.1. `prepare` does all of it for a decode step. A piece of a prompt, which may be longer than
 what is kept, makes entries and queries (`enter`), reads the recent rows (`recent`), and leaves its own at the end
-(`remember`). These are the contracts with their references in torch; the GPU's versions stand in `store_triton`, and
-that of `recent` in `stored_triton`.
+(`remember`). These are the contracts with their references in torch; the GPU's versions stand in `store_triton`, for
+steps on Hopper in `store_cuda`, and that of `recent` in `stored_triton`.
 
 Several tokens of one sequence must be neighbours in the batch and in order; in a decode step (drafts) no more than 8.
 """
@@ -61,7 +61,7 @@ class Norms:
     keys: Pooling | None = None
 
 
-@beside("store_triton")
+@beside("store_cuda")
 def prepare(made: Projected, tokens: Tokens, memory: Memory, norms: Norms) -> tuple[Tensor, Tensor | None]:
     """Store what tokens of a decode step leave behind; their queries: BF16 [B, H, C] and, ratio 4, [B, h, d]."""
     queries, index_q, _ = enter(made, tokens, memory, norms)

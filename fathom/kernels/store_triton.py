@@ -1,9 +1,9 @@
 """What stands between a layer's projections and its attention, in one launch. Reference 2.5 to 2.8, 4.
 
-The torch reference is `store`. A program does one thing for one token: its window row, its part of an entry or of an
-index key, the queries of a few heads, or the index queries of a few. What other programs of the launch write is never
-read: rows of neighbours in the batch are taken from the projections, and only a launch of few tokens writes into rings
-that it reads.
+The torch reference is `store`; a step on Hopper has `store_cuda`, which comes here for what it lacks. A program does
+one thing for one token: its window row, its part of an entry or of an index key, the queries of a few heads, or the
+index queries of a few. What other programs of the launch write is never read: rows of neighbours in the batch are taken
+from the projections, and only a launch of few tokens writes into rings that it reads.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

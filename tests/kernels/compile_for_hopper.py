@@ -140,9 +140,8 @@ def _tops(weights: Any) -> tuple[Tensor, Tensor]:
 def _device(capability: tuple[int, int], compiles: bool = True) -> Iterator[None]:
     """Tensors of the meta device pass for those of a GPU; a launch compiles."""
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    launchers = [
-        f"fathom.kernels.{name}_cuda" for name in ("attend", "linear", "index", "experts", "router", "streams")
-    ]
+    cuda_kernels = ("attend", "linear", "index", "experts", "router", "store", "streams")
+    launchers = [f"fathom.kernels.{name}_cuda" for name in cuda_kernels]
     prefill_triton._hopper.cache_clear()
     with ExitStack() as stack:
         for name, stand_in in (

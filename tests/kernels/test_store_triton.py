@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -21,13 +22,14 @@ pytest.importorskip("triton")
 DEVICE = device()
 if DEVICE is None:
     pytest.skip("no CUDA device", allow_module_level=True)
-from fathom.kernels import attend_triton, index_triton, store_triton, stored_triton  # noqa: E402
+from fathom.kernels import attend_triton, index_triton, store_cuda, store_triton, stored_triton  # noqa: E402
 
 pytestmark = pytest.mark.external if INTERPRETED else pytest.mark.gpu
 TOLERANCE, COARSE = 0.03, 0.1
 """Relative, of e4m3 and FP4 values: a last bit of float32 (the interpreter cuts BF16 off) now and then turns one."""
 CONTEXT, SLOTS = 768, 3
 SIZES = ["small"] if INTERPRETED else ["small", "flash"]
+MODULES = [store_triton] if INTERPRETED else [store_triton, store_cuda]
 
 
 def config_of(size: str) -> ModelConfig:
@@ -109,15 +111,18 @@ def planes(memory: Memory) -> list[Tensor]:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("ops", MODULES)
 @pytest.mark.parametrize(("ratio", "packed"), [(0, False), (4, False), (4, True), (128, False)])
-def test_a_step(ratio: int, packed: bool, size: str) -> None:
+def test_a_step(ratio: int, packed: bool, ops: ModuleType, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(ratio + packed, ratio, size, packed)
     positions = [131, 127, 511] if ratio == 128 else [3, 254, 511]
     for _ in range(2):
         made, tokens = layer.made(4), layer.tokens([2, 0, 1, -1], [*positions, 0])
         with poisoned():
-            q, index_q = store_triton.prepare(made, tokens, layer.ours, layer.norms)
-        want, index_want = store.prepare(made, tokens, layer.theirs, layer.norms)
+            q, index_q = ops.prepare(made, tokens, layer.ours, layer.norms)
+        with monkeypatch.context() as patch:
+            patch.setattr("fathom.kernels.dispatch.on", lambda device: False)
+            want, index_want = store.prepare(made, tokens, layer.theirs, layer.norms)
         assert error(q[:3], want[:3]) < TOLERANCE
         layer.check()
         chosen = None
@@ -133,6 +138,27 @@ def test_a_step(ratio: int, packed: bool, size: str) -> None:
             out = attend_triton.attend(want, sink, tokens, layer.theirs, CONTEXT, chosen)
         assert error(out[:3], decode.attend(want, sink, tokens, layer.theirs, CONTEXT, chosen)[:3]) < TOLERANCE
         positions = [p + 1 for p in positions]
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(INTERPRETED, reason="CUDA C++")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("ratio", "packed"), [(0, False), (4, False), (4, True), (128, False)])
+def test_a_token_has_the_same_bits_alone(ratio: int, packed: bool, size: str) -> None:
+    """Of 32: sequences with drafts, which close blocks of both kinds, and padding; at once, and one after the other."""
+    layer = Layer(20 + ratio + packed, ratio, size, packed)
+    slots = [slot for slot in (1, 0, 2) for _ in range(8)] + [-1] * 8
+    positions = [first + i for first in (124, 252, 0) for i in range(8)] + [0] * 8
+    made, tokens = layer.made(32), layer.tokens(slots, positions)
+    with poisoned():
+        together = store_cuda.prepare(made, tokens, layer.ours, layer.norms)
+        for i in range(32):
+            own = Tokens(tokens.slots[i : i + 1], tokens.positions[i : i + 1], tokens.turns[:, i : i + 1].contiguous())
+            alone = store_cuda.prepare(made.rows(i, i + 1), own, layer.theirs, layer.norms)
+            for one, of_all in zip(alone, together, strict=True):
+                assert one is None or torch.equal(one[0], of_all[i])
+    for mine, other in zip(planes(layer.ours), planes(layer.theirs), strict=True):
+        assert torch.equal(mine, other)
 
 
 @torch.inference_mode()
