@@ -1,8 +1,9 @@
 // Attention of a step over stored rows. Reference 2.6, 2.9; the launcher and the contract are in attend_cuda.py.
 //
-// A cluster of eight blocks has 16 heads of one token: its rows, 32 at a time, go round among the blocks, whose results are
-// summed up through each other's shared memory. A token with more rows than LIMIT rounds has several clusters, and
-// `combine` sums theirs up. How rows are shared out depends on the token's position alone, and every sum has one order.
+// A cluster of eight blocks has 16 heads of one token: its rows, 32 at a time, go round among the blocks, which send each
+// other their results to sum up: each has 64 columns. (A barrier of the cluster that orders memory waits for all of it,
+// also for the weights that the next kernel is loading; what is sent beside a barrier of its own does not.) A token with
+// more rows than LIMIT rounds has several clusters, and `combine` sums theirs up. How rows are shared out depends on the token's position alone, and every sum has one order.
 //
 // Rows are e4m3 with a scale for 64 columns, and BF16 in the last ROPE columns; they are multiplied as BF16, exactly what
 // they were stored from. Warps share out the rows and quarters of the columns of Q K^T, then columns of P V.
@@ -10,6 +11,7 @@
 // SPAN    tokens of the window, at their place in a slot's ring of RING rows
 // RATIO   tokens of an entry, 0: none; CHOSEN: entries stand in a list, else in the pages of PER, all that are closed
 // MOST    clusters of a token
+// FIT     blocks that are to fit into a multiprocessor: two have less registers than they want
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -21,18 +23,21 @@ constexpr int BYTES = FRONT + 2 * ROPE, PIECES = BYTES / 16, EACH = (ROWS * PIEC
 constexpr int PITCH = C + 8, WIDE = ROWS + 2, NARROW = ROWS + 8;  // of rows in shared memory, apart in all banks
 constexpr int QUARTERS = 4, OWN = C / (THREADS / 32);  // of the columns: of logits; a warp's of the result
 constexpr int WINDOWS = (SPAN + ROWS - 1) / ROWS;
+constexpr int SHARE = C / CLUSTER, BROAD = SHARE + 8;    // columns of a block, apart in all banks
+constexpr int CHUNK = HEADS * BROAD * 4, SENT = CLUSTER * (CHUNK + HEADS * 8);  // bytes for a block, and of all to one
 constexpr float LOWEST = -1e38f;
 
 struct Shared {
-    u16 q[HEADS][PITCH];
-    union {  // of the same size: results take the place of rows
-        u16 k[ROWS][PITCH];
-        float out[HEADS][PITCH];
+    union {
+        struct { u16 q[HEADS][PITCH], k[ROWS][PITCH]; };
+        float results[CLUSTER][HEADS][BROAD];  // for each block, in the end
     };
+    float parts[CLUSTER][HEADS][BROAD];  // from each block
+    float2 sums[CLUSTER][HEADS];         // largest logit, sum
     float logits[QUARTERS][HEADS][WIDE];
     u16 p[HEADS][NARROW];
     float shrink[HEADS];
-    float2 sums[HEADS];  // largest logit, sum
+    unsigned long long full;  // the barrier that counts their bytes
 };
 
 __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -104,6 +109,22 @@ struct Seen {
         return CHOSEN ? chosen[at] : pages[at / PER] * PER + at % PER;
     }
 };
+
+// 16 heads, or the last that there are.
+__device__ __forceinline__ void load_queries(Shared& s, const u16* q, int heads) {
+    constexpr int MANY = HEADS * C / 8 / THREADS;
+    uint4 v[MANY];
+#pragma unroll
+    for (int i = 0; i < MANY; i++) {
+        const int piece = threadIdx.x + i * THREADS;
+        v[i] = piece / (C / 8) < heads ? ((const uint4*)q)[piece] : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < MANY; i++) {
+        const int piece = threadIdx.x + i * THREADS;
+        *(uint4*)&s.q[piece / (C / 8)][piece % (C / 8) * 8] = v[i];
+    }
+}
 
 // Of one block of rows what a thread loads: 16 bytes of EACH rows with their scales.
 struct Pieces {
@@ -192,17 +213,49 @@ __device__ __forceinline__ void gather(Shared& s, float (&acc)[OWN / 8][4]) {
 
 __device__ __forceinline__ void begin_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-__device__ __forceinline__ void meet() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+// The barrier is there for all before anything is sent.
+__device__ __forceinline__ void open(Shared& s) {
+    if (threadIdx.x == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(address(&s.full)) : "memory");
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(address(&s.full)), "n"(SENT) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// A pair of floats of shared memory as another block of the cluster has it.
-__device__ __forceinline__ float2 of_block(const float2* mine, int block) {
-    u32 there;
-    float2 v;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(mine)), "r"(block));
-    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(there));
-    return v;
+__device__ __forceinline__ u32 there(const void* mine, int block) {
+    u32 r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address(mine)), "r"(block));
+    return r;
+}
+
+// A warp's columns belong to one block of the cluster, which gets those of all warps in one copy; a head's sums go to all.
+__device__ __forceinline__ void send_all(Shared& s, const float (&acc)[OWN / 8][4], float top, float total, int rank) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __syncthreads();  // a block without rows may still be storing queries, which the results displace
+#pragma unroll
+    for (int n = 0; n < OWN / 8; n++) {
+        float* const at = &s.results[warp * OWN / SHARE][lane / 4][warp * OWN % SHARE + n * 8 + lane % 4 * 2];
+        *(float2*)at = make_float2(acc[n][0], acc[n][1]), *(float2*)(at + 8 * BROAD) = make_float2(acc[n][2], acc[n][3]);
+    }
+    if (lane < CLUSTER)
+        asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+                     :: "r"(there(&s.sums[rank][warp], lane)), "f"(top), "f"(total), "r"(there(&s.full, lane)) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+    if (threadIdx.x < CLUSTER)
+        asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                     :: "r"(there(&s.parts[rank], threadIdx.x)), "r"(address(&s.results[threadIdx.x])), "n"(CHUNK),
+                     "r"(there(&s.full, threadIdx.x)) : "memory");
+}
+
+__device__ __forceinline__ void receive(Shared& s) {
+    u32 here = 0;
+    while (!here)
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+            : "=r"(here) : "r"(address(&s.full)) : "memory");
 }
 
 // Two neighbouring columns of a token's head, as they leave: BF16, the last ROPE turned back.
@@ -213,6 +266,23 @@ __device__ __forceinline__ u32 finished(const float2& v, float total, int column
     return pair_of(a * way.x + b * way.y, b * way.x - a * way.y);
 }
 
+// Where a head's columns go: BF16, and what products with e4m3 read, FP16 under a power of two that a warp's 64 columns share
+// (exact down to 2^-28 of the largest).
+struct Leave {
+    u16 *out, *halves;
+    float* scales;
+
+    __device__ __forceinline__ void write(i64 head, int column, u32 pair) const {
+        const float a = __uint_as_float(pair << 16), b = __uint_as_float(pair & 0xffff0000u);
+        const u32 power = max(16u, __float_as_uint(most_of(fmaxf(fabsf(a), fabsf(b)))) >> 23);
+        const float grow = __uint_as_float((268 - power) << 23);
+        u32 half;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(half) : "f"(b * grow), "f"(a * grow));
+        *(u32*)(out + head * C + column) = pair, *(u32*)(halves + head * C + column) = half;
+        if (threadIdx.x % 32 == 0) scales[head * (C / 64) + column / 64] = __uint_as_float((power - 14) << 23);
+    }
+};
+
 // The sum over the cluster's blocks of one head's two columns.
 struct Sum {
     float2 v;
@@ -221,7 +291,7 @@ struct Sum {
     __device__ __forceinline__ Sum(const Shared& s, int h, int column, float bar) : v(make_float2(0, 0)), top(bar), total(0) {
         float2 part[CLUSTER], of[CLUSTER];
 #pragma unroll
-        for (int b = 0; b < CLUSTER; b++) of[b] = of_block(&s.sums[h], b), part[b] = of_block((const float2*)&s.out[h][column], b);
+        for (int b = 0; b < CLUSTER; b++) of[b] = s.sums[b][h], part[b] = *(const float2*)&s.parts[b][h][column];
 #pragma unroll
         for (int b = 0; b < CLUSTER; b++) top = fmaxf(top, of[b].x);
 #pragma unroll
@@ -232,10 +302,10 @@ struct Sum {
     }
 };
 
-// q and out BF16 [T, H, C]; parts float32 [T, MOST, H, C] with sums [T, MOST, H, 2] of clusters that are not alone.
-extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 2) attend(
+// q and what leaves BF16 [T, H, C]; parts float32 [T, MOST, H, C] with sums [T, MOST, H, 2] of clusters that are not alone.
+extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, FIT) attend(
     const u16* q, const u8* window, const u8* window_scales, const u8* held, const u8* held_scales, const int* chosen,
-    const int* table, const int* slots, const int* positions, const float* sink, const float* turn, u16* out, float* parts,
+    const int* table, const int* slots, const int* positions, const float* sink, const float* turn, Leave leave, float* parts,
     float* sums, int heads, int most, int pages, float scale
 ) {
     extern __shared__ __align__(16) u8 memory[];
@@ -247,75 +317,81 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     const int* const list = CHOSEN ? chosen + t * most : nullptr;
     const int* const own_pages = CHOSEN ? nullptr : table + (i64)max(seen.slot, 0) * pages;
     const int step = CLUSTER * seen.clusters;
-    int block = cluster < seen.clusters ? seen.first + cluster * CLUSTER + rank : seen.last;
+    int block = seen.first + cluster * CLUSTER + rank;
     // Read now what only the end needs: by then the weights of what follows would come ahead of it.
-    const int own = h0 + warp, column = rank * (C / CLUSTER) + lane * 2;
+    const int own = h0 + warp, column = rank * SHARE + lane * 2;
     const bool alone = seen.clusters == 1;
     const float bar = alone && own < heads ? sink[own] : LOWEST;
     const float2 way = column < FRONT ? make_float2(1, 0) : *(const float2*)(turn + t * ROPE + column - FRONT);
     int rows[EACH];
-    const auto find = [&](int block) {
+    const auto find = [&](int block, int end) {
 #pragma unroll
         for (int e = 0; e < EACH; e++) {
             const int i = (threadIdx.x + e * THREADS) / PIECES;
-            rows[e] = i < ROWS && block < seen.last ? seen.row(block, i, list, own_pages) : -1;
+            rows[e] = i < ROWS && block < end ? seen.row(block, i, list, own_pages) : -1;
         }
     };
     Pieces pieces;
     const auto load = [&](int block) {
         pieces.load(block < WINDOWS ? window : held, block < WINDOWS ? window_scales : held_scales, rows);
     };
-    if (!CHOSEN) find(block);
+    float acc[OWN / 8][4] = {}, top = LOWEST, total = 0;
+    // The blocks up to `end`; the rows of the first are on their way.
+    const auto rounds = [&](int end) __attribute__((always_inline)) {
+        for (; block < end; block += step) {
+            pieces.store(s.k);
+            load(block + step);
+            if (end > WINDOWS && block + 2 * step >= end) begin_next();
+            find(block + 2 * step, end);
+            __syncthreads();
+            multiply(s);
+            __syncthreads();
+            const int at = (block - WINDOWS) * ROWS + lane;  // an entry, or before them a row of the window
+            const bool there = block < WINDOWS ? at + WINDOWS * ROWS < SPAN && seen.position - SPAN + 1 + at + WINDOWS * ROWS >= 0
+                                               : at < seen.entries;
+            weigh(s, top, total, there, scale);
+            __syncthreads();
+            gather(s, acc);
+            __syncthreads();
+        }
+    };
+    if (cluster < seen.clusters) open(s);
+    if (!CHOSEN) find(block, seen.last);
+    else if (cluster < seen.clusters) {
+        // While entries are chosen. Queries and window are complete: the launch that scores waited for them, and for its
+        // own end whoever chooses.
+        find(block, WINDOWS), load(block), find(block + step, WINDOWS);
+        load_queries(s, q + (t * heads + h0) * C, heads - h0);
+        rounds(WINDOWS);
+        block = WINDOWS + cluster * CLUSTER + rank;
+    }
     asm volatile("griddepcontrol.wait;" ::: "memory");
     if (cluster >= seen.clusters) return;  // with all of the cluster
-    if (CHOSEN) find(block);
-    for (int i = threadIdx.x; i < HEADS * C / 8; i += THREADS) {
-        const int h = i / (C / 8), at = i % (C / 8) * 8;
-        *(uint4*)&s.q[h][at] = h0 + h < heads ? *(const uint4*)(q + (t * heads + h0 + h) * C + at) : make_uint4(0, 0, 0, 0);
-    }
+    if (CHOSEN) find(block, seen.last);
     load(block);
+    if (!CHOSEN) load_queries(s, q + (t * heads + h0) * C, heads - h0);
     if (block + step >= seen.last) begin_next();  // not before: its weights would come ahead of these rows
-    find(block + step);
-    float acc[OWN / 8][4] = {}, top = LOWEST, total = 0;
-    for (; block < seen.last; block += step) {
-        pieces.store(s.k);
-        load(block + step);
-        if (block + 2 * step >= seen.last) begin_next();
-        find(block + 2 * step);
-        __syncthreads();
-        multiply(s);
-        __syncthreads();
-        const int at = (block - WINDOWS) * ROWS + lane;  // an entry, or before them a row of the window
-        const bool there = block < WINDOWS ? at + WINDOWS * ROWS < SPAN && seen.position - SPAN + 1 + at + WINDOWS * ROWS >= 0
-                                           : at < seen.entries;
-        weigh(s, top, total, there, scale);
-        __syncthreads();
-        gather(s, acc);
-        __syncthreads();
+    find(block + step, seen.last);
+    rounds(seen.last);
+    send_all(s, acc, top, total, rank);
+    receive(s);
+    // What all have received nobody's memory is needed for any more; the barrier's end is waited for behind the rest.
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    const Sum sum(s, warp, lane * 2, bar);
+    if (own < heads && alone)
+        leave.write(t * heads + own, column, finished(sum.v, sum.total + __expf(bar - sum.top), column, way));
+    if (own < heads && !alone) {
+        const i64 place = (t * MOST + cluster) * heads + own;
+        *(float2*)(parts + place * C + column) = sum.v;
+        if (rank == 0 && lane == 0) *(float2*)(sums + place * 2) = make_float2(sum.top, sum.total);
     }
-#pragma unroll
-    for (int n = 0; n < OWN / 8; n++) {
-        float* const to = &s.out[lane / 4][warp * OWN + n * 8 + lane % 4 * 2];
-        *(float2*)to = make_float2(acc[n][0], acc[n][1]), *(float2*)(to + 8 * PITCH) = make_float2(acc[n][2], acc[n][3]);
-    }
-    if (lane == 0) s.sums[warp] = make_float2(top, total);
-    meet();
-    const Sum sum(s, warp, column, bar);
-    meet();  // a block's memory is its own again only when all have read it
-    if (own >= heads) return;
-    if (alone) {
-        *(u32*)(out + (t * heads + own) * C + column) = finished(sum.v, sum.total + __expf(bar - sum.top), column, way);
-        return;
-    }
-    const i64 place = (t * MOST + cluster) * heads + own;
-    *(float2*)(parts + place * C + column) = sum.v;
-    if (rank == 0 && lane == 0) *(float2*)(sums + place * 2) = make_float2(sum.top, sum.total);
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 
 // The sum over a token's clusters, if it has several: a block has one head, a thread two columns.
 extern "C" __global__ void __launch_bounds__(C / 2) combine(
     const float* parts, const float* sums, const float* sink, const float* turn, const int* slots, const int* positions,
-    u16* out, int heads, int most
+    Leave leave, int heads, int most
 ) {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     const int h = blockIdx.x, column = threadIdx.x * 2;
@@ -341,5 +417,5 @@ extern "C" __global__ void __launch_bounds__(C / 2) combine(
         const float share = __expf(own[i].x - top);
         total += own[i].y * share, sum.x += part[i].x * share, sum.y += part[i].y * share;
     }
-    *(u32*)(out + (t * heads + h) * C + column) = finished(sum, total, column, way);
+    leave.write(t * heads + h, column, finished(sum, total, column, way));
 }

@@ -14,6 +14,8 @@
 // FIT     blocks that are to fit into a multiprocessor
 // FORM    what is rounded to e4m3, here or in `rounded`: see the constants
 // EARLY   1: x was complete before the kernel before this one let it begin; both may run side by side
+// KINDS   of the parts, a bit for each that occurs
+// ONE     1: x has one row
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -27,13 +29,18 @@ struct Part {
 };
 struct Parts { Part of[PARTS]; };
 
-enum { QUANTISED, EIGHT, SIXTEEN };  // e4m3 times quantised x; e4m3 times BF16; BF16 times BF16
+// e4m3 times quantised x; e4m3 times BF16; BF16 times BF16; e4m3 times FP16 with a scale for 64 columns
+enum { QUANTISED, EIGHT, SIXTEEN, HALVES };
 enum { PLAIN, NORMALISED, GATED };   // x; its RMS norm; SwiGLU of x = [gate, up], which `few` rounds itself
 
-constexpr int THREADS = WARPS * 32, OWN = K / WARPS, GROUPS = OWN / 128, TOKENS = NT * 8;
-constexpr bool AHEAD = NT == 1 && FORM == PLAIN && (GROUPS == 2 || GROUPS == 4);  // a row's scales of a warp are one load
+__device__ constexpr bool has(int kind) { return KINDS >> kind & 1; }
 
-struct alignas(AHEAD ? 4 * GROUPS : 4) Scales { float group[GROUPS]; };
+constexpr int THREADS = WARPS * 32, OWN = K / WARPS, GROUPS = OWN / 128, TOKENS = NT * 8;
+// Scales of x: one for so many pieces of 64 columns. Those of a warp are loaded at once where few rows make that cheap.
+__device__ constexpr int span(int kind) { return kind == HALVES ? 1 : 2; }
+__device__ constexpr bool scaled(int kind) { return kind == QUANTISED || kind == HALVES; }
+
+template <int COUNT> struct alignas(COUNT % 4 ? COUNT % 2 ? 4 : 8 : 16) Scales { float of[COUNT]; };
 
 __device__ __forceinline__ uint4 fetch(const u8* p) {
     uint4 v;
@@ -98,52 +105,61 @@ struct Weights {
     }
 };
 
-// A warp's part of 16 rows of e4m3 times the columns of x: 128 of them are 2 pieces of 64, which are 4 products each.
-template <bool QUANTISED_X>
+// The row of x that a lane has as a column of the n-th products. A row that is alone stands in all of them.
+__device__ __forceinline__ int row_of(int n) { return ONE ? 0 : n * 8 + threadIdx.x % 32 / 4; }
+
+// A warp's columns of a row that is alone, in one round of loads: those of lanes that multiply take one after another.
+__device__ __forceinline__ const u8* staged(uint4* to, const u8* from, int bytes) {
+    for (int i = threadIdx.x % 32; i < bytes / 16; i += 32) to[i] = ((const uint4*)from)[i];
+    __syncwarp();
+    return (const u8*)to;
+}
+
+// A warp's part of 16 rows of e4m3 times the columns of x: 64 of them are a piece, which is 4 products. x has e4m3 values or
+// 16 bits, `pitch` bytes a row, and `many` scales a row.
+template <int KIND>
 __device__ __forceinline__ void eight(
-    float (&sum)[NT][4], Weights& w, const float (&ws)[GROUPS], const u8* xq, int pitch, const float* xs, const u16* x,
-    int stride, int rows
+    float (&sum)[NT][4], Weights& w, const float (&ws)[GROUPS], const u8* x, int pitch, const float* xs, int many, int rows
 ) {
-    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
-    Scales of[2] = {};
-    if (QUANTISED_X && AHEAD)
+    constexpr bool BYTES = KIND == QUANTISED, HALF = KIND != EIGHT;
+    constexpr int SPAN = span(KIND), COUNT = OWN / 64 / SPAN;
+    constexpr bool AHEAD = scaled(KIND) && NT == 1 && FORM == PLAIN && COUNT <= 8;
+    const int j = threadIdx.x % 4;
+    Scales<COUNT> of[2] = {};
+    if (AHEAD)
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (2 * j + i < rows) of[i] = *(const Scales*)(xs + (2 * j + i) * (K / 128));
+        for (int i = 0; i < 2 - ONE; i++)
+            if (2 * j + i < rows) of[i] = *(const Scales<COUNT>*)(xs + (2 * j + i) * many);
 #pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
+    for (int group = 0; group < COUNT; group++) {
         float part[NT][4] = {};
         // Zero, as scales are positive; the compiler does not know, and loads them beside x instead of after it.
-        if (QUANTISED_X && AHEAD)
+        if (AHEAD)
 #pragma unroll
-            for (int i = 0; i < 4; i++) part[0][i] = fminf(of[i % 2].group[group], 0.0f);
+            for (int i = 0; i < 4; i += 1 + ONE) part[0][i] = fminf(of[i % 2].of[group], 0.0f);
 #pragma unroll
-        for (int p = 2 * group; p < 2 * group + 2; p++) {
+        for (int p = SPAN * group; p < SPAN * group + SPAN; p++) {
             uint4 a, b, v[NT][2];
             w.take<OWN / 64>(p, a, b);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
                 v[n][0] = v[n][1] = make_uint4(0, 0, 0, 0);
-                if (n * 8 + g < rows) {
-                    const int at = p * 64 + j * 16;
-                    if (QUANTISED_X) v[n][0] = *(const uint4*)(xq + (n * 8 + g) * pitch + at);
-                    else {
-                        const uint4* from = (const uint4*)(x + (long long)(n * 8 + g) * stride + at);
-                        v[n][0] = from[0], v[n][1] = from[1];
-                    }
-                }
+                if (row_of(n) >= rows) continue;
+                const uint4* from = (const uint4*)(x + (long long)row_of(n) * pitch + (p * 64 + j * 16) * (BYTES ? 1 : 2));
+                v[n][0] = from[0];
+                if (!BYTES) v[n][1] = from[1];
             }
 #pragma unroll
             for (int m = 0; m < 4; m++) {
                 const u32 wa = word(a, m), wb = word(b, m);
                 u32 a0, a1, a2, a3;
-                if (QUANTISED_X) a0 = half2_of(wa), a1 = half2_of(wb), a2 = half2_of(wa >> 16), a3 = half2_of(wb >> 16);
+                if (HALF) a0 = half2_of(wa), a1 = half2_of(wb), a2 = half2_of(wa >> 16), a3 = half2_of(wb >> 16);
                 else a0 = bf2_of(wa), a1 = bf2_of(wb), a2 = bf2_of(wa >> 16), a3 = bf2_of(wb >> 16);
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
                     const u32 codes = word(v[n][0], m);
-                    if (QUANTISED_X) mma<true>(part[n], a0, a1, a2, a3, half2_of(codes), half2_of(codes >> 16));
-                    else mma<false>(
+                    if (BYTES) mma<true>(part[n], a0, a1, a2, a3, half2_of(codes), half2_of(codes >> 16));
+                    else mma<HALF>(
                         part[n], a0, a1, a2, a3, word(v[n][m / 2], m % 2 * 2), word(v[n][m / 2], m % 2 * 2 + 1));
                 }
             }
@@ -151,18 +167,18 @@ __device__ __forceinline__ void eight(
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < 4; i += 1 + ONE) {
                 const int t = n * 8 + j * 2 + i % 2;
-                float factor = ws[group];
-                if (QUANTISED_X) factor *= AHEAD ? of[i % 2].group[group] : t < rows ? xs[t * (K / 128) + group] : 0.0f;
+                float factor = ws[group * SPAN / 2];
+                if (scaled(KIND)) factor *= AHEAD ? of[i % 2].of[group] : t < rows ? xs[t * many + group] : 0.0f;
                 sum[n][i] += part[n][i] * factor;
             }
     }
 }
 
 // The same for BF16 weights: 16 bytes are 8 columns, a piece is 32.
-__device__ __forceinline__ void sixteen(float (&sum)[NT][4], Weights& w, const u16* x, int stride, int rows) {
-    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+__device__ __forceinline__ void sixteen(float (&sum)[NT][4], Weights& w, const u8* x, int pitch, int rows) {
+    const int j = threadIdx.x % 4;
 #pragma unroll
     for (int p = 0; p < OWN / 32; p++) {
         uint4 a, b;
@@ -170,7 +186,7 @@ __device__ __forceinline__ void sixteen(float (&sum)[NT][4], Weights& w, const u
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             uint4 v = make_uint4(0, 0, 0, 0);
-            if (n * 8 + g < rows) v = *(const uint4*)(x + (long long)(n * 8 + g) * stride + p * 32 + j * 8);
+            if (row_of(n) < rows) v = *(const uint4*)(x + (long long)row_of(n) * pitch + p * 64 + j * 16);
             mma<false>(sum[n], a.x, b.x, a.y, b.y, v.x, v.y);
             mma<false>(sum[n], a.z, b.z, a.w, b.w, v.z, v.w);
         }
@@ -245,7 +261,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
     for (int i = 1; i < PARTS; i++) of += blockIdx.x >= parts.of[i].first;
     const Part& part = parts.of[of];
     const int row = (blockIdx.x - part.first) * 16, warp = threadIdx.x / 32, kind = part.kind;
-    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4, begin = warp * OWN, size = kind == SIXTEEN ? 2 : 1;
+    const int g = threadIdx.x % 32 / 4, j = threadIdx.x % 4, begin = warp * OWN;
+    const int size = has(SIXTEEN) && kind == SIXTEEN ? 2 : 1;
     Weights w;
     w.far = 8LL * K * size, w.from = part.w + (long long)(row + g) * K * size + begin * size + j * 16;
 #pragma unroll
@@ -256,19 +273,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
     for (int i = 0; i < GROUPS; i++)
         ws[i] = kind == SIXTEEN ? 1.0f : exponent(part.scale[row / 128 * (K / 128) + begin / 128 + i]);
     if (!EARLY) wait();
-    const int t0 = blockIdx.y * TOKENS, rows = min(total - t0, TOKENS);
-    const u16* from = x + (long long)t0 * stride + (long long)(row / per_group) * K;
-    const u8* xq = quantised + (long long)t0 * K;
-    const float* xs = scales + t0 * (K / 128);
-    int pitch = K;
+    const int t0 = blockIdx.y * TOKENS, rows = ONE ? 1 : min(total - t0, TOKENS), column = row / per_group * K + begin;
+    const u16* from = x + (long long)t0 * stride;
+    // Of a warp's columns x as bytes, a row's bytes, its scales and a row's number of them.
+    const bool bytes = has(QUANTISED) && kind == QUANTISED;
+    const int many = kind == HALVES ? stride / 64 : K / 128;
+    const u8* own_x = bytes ? quantised + (long long)t0 * K + begin : (const u8*)(from + column);
+    const float* xs = scales + t0 * many + (kind == HALVES ? column / 64 : begin / 128);
+    int pitch = bytes ? K : stride * 2;
     if (FORM == GATED) {
-        pitch = K + 64, xq = own, xs = (const float*)(own + TOKENS * pitch);
+        pitch = K + 64, own_x = own + begin, xs = (const float*)(own + TOKENS * pitch) + begin / 128;
         gate(own, pitch, (float*)(own + TOKENS * pitch), from, stride, number, rows);
+    } else if (ONE) {
+        __shared__ uint4 columns[WARPS][OWN / 8];
+        own_x = staged(columns[warp], own_x, OWN * (bytes ? 1 : 2));
     }
     float sum[NT][4] = {};
-    if (kind == QUANTISED) eight<true>(sum, w, ws, xq + begin, pitch, xs + begin / 128, from, stride, rows);
-    else if (kind == EIGHT) eight<false>(sum, w, ws, xq, pitch, xs, from + begin, stride, rows);
-    else sixteen(sum, w, from + begin, stride, rows);
+    if (has(QUANTISED) && kind == QUANTISED) eight<QUANTISED>(sum, w, ws, own_x, pitch, xs, many, rows);
+    if (has(EIGHT) && kind == EIGHT) eight<EIGHT>(sum, w, ws, own_x, pitch, xs, many, rows);
+    if (has(HALVES) && kind == HALVES) eight<HALVES>(sum, w, ws, own_x, pitch, xs, many, rows);
+    if (has(SIXTEEN) && kind == SIXTEEN) sixteen(sum, w, own_x, pitch, rows);
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll

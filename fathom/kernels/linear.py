@@ -51,14 +51,15 @@ def linear(
 
 
 @beside("linear_triton")
-def grouped_linear(x: Tensor, weight: Tensor | list[Packed], scale: Tensor | None = None) -> Tensor:
-    """x [T, G, K] times weight [G * N, K], group g of x with rows g*N..(g+1)*N of the weight -> [T, G * N]."""
+def grouped_linear(x: Tensor, groups: int, weight: Tensor | list[Packed], scale: Tensor | None = None) -> Tensor:
+    """x [T, ...] of G * K values a row times weight [G * N, K], group g of it with rows g*N..(g+1)*N -> [T, G * N]."""
+    x = x.flatten(1).unflatten(1, (groups, -1))
     if isinstance(weight, list):
         return torch.cat([packed(part) for packed, part in zip(weight, x.unbind(1), strict=True)], -1)
     if scale is not None:
         weight = dequantize(weight, scale)
-    groups = weight.to(x.dtype).unflatten(0, (x.shape[1], -1))
-    out = torch.bmm(pad_rows(x.flatten(1)).unflatten(1, x.shape[1:]).transpose(0, 1), groups.transpose(1, 2))
+    parts = weight.to(x.dtype).unflatten(0, (groups, -1))
+    out = torch.bmm(pad_rows(x.flatten(1)).unflatten(1, x.shape[1:]).transpose(0, 1), parts.transpose(1, 2))
     return out.transpose(0, 1).flatten(1)[: x.shape[0]]
 
 

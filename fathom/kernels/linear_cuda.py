@@ -21,7 +21,7 @@ from fathom.kernels.quant_triton import known
 
 MOST = 64
 """Rows up to which this is meant; a decode step stays below."""
-_QUANTISED, _EIGHT, _SIXTEEN = range(3)
+_QUANTISED, _EIGHT, _SIXTEEN, _HALVES = range(4)
 _PLAIN, _NORMALISED, _GATED = range(3)
 _RESULTS = (None, torch.bfloat16, torch.float32)
 _Codes = tuple[Tensor | None, Tensor | None]
@@ -33,10 +33,14 @@ class _Part(ctypes.Structure):
     _fields_ += [(name, ctypes.c_int) for name in ("rows", "kind", "wide", "first")]
 
 
-def linears(x: Tensor, parts: Sequence[Part], norm: Tensor | None = None, eps: float = 0.0, groups: int = 1) -> Any:
+def linears(
+    x: Tensor, parts: Sequence[Part], norm: Tensor | None = None, eps: float = 0.0, groups: int = 1,
+    halves: tuple[Tensor, Tensor] | None = None,
+) -> Any:  # fmt: skip
     """`linear.linears` for BF16 x of up to MOST rows and weights in e4m3 or BF16; NotImplemented for others.
 
     groups: x is [T, groups * K], and as many parts of each weight's rows have their own columns of it.
+    halves: x in FP16 (`quant_triton.halves`), which e4m3 is multiplied with in fewer instructions than with BF16.
     """
     kinds, columns = [_kind(part) for part in parts], x.shape[1] // groups
     if None in kinds or columns % 128 or not _is_for(x):
@@ -47,6 +51,8 @@ def linears(x: Tensor, parts: Sequence[Part], norm: Tensor | None = None, eps: f
     if _QUANTISED in kinds:
         codes = _rounded(x, norm, eps)
     out = [_result(x, part) for part in parts]
+    if halves is not None and set(kinds) == {_EIGHT}:
+        x, codes, kinds = halves[0].view(x.shape), (None, halves[1]), [_HALVES] * len(kinds)
     per_group = out[0].shape[1] // groups if groups > 1 else 1 << 30
     _run(x, columns, parts, kinds, out, codes, per_group)
     return out
@@ -76,7 +82,9 @@ def _run(
     tokens = 8 * sizes["NT"]
     room = 0 if limit is None else tokens * (columns + 64 + columns // 32)
     form = _PLAIN if limit is None else _GATED
-    run = kernel("linear.cu", "few", x.device, room, **sizes, PARTS=len(parts), FORM=form, EARLY=int(early))
+    present = sum(1 << kind for kind in {kind for kind in kinds if kind is not None})
+    sizes |= {"PARTS": len(parts), "FORM": form, "EARLY": int(early), "ONE": int(len(x) == 1), "KINDS": present}
+    run = kernel("linear.cu", "few", x.device, room, **sizes)
     run(
         (blocks, -(-len(x) // tokens)), 32 * sizes["WARPS"], x.device, described, *map(_pointer, (x, *codes)),
         ctypes.c_float(limit or 0.0), *(ctypes.c_int(n) for n in (*x.shape, per_group)),
@@ -93,7 +101,7 @@ def _rounded(x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> tuple[T
     scales = torch.empty((rows, k // 128), dtype=torch.float32, device=x.device)
     form = _PLAIN if norm is None else _NORMALISED
     norm = norm if norm is None else norm.to(x.dtype)
-    run = kernel("linear.cu", "rounded", x.device, **_sizes(k, 1), PARTS=1, FORM=form, EARLY=0)
+    run = kernel("linear.cu", "rounded", x.device, **_sizes(k, 1), PARTS=1, FORM=form, EARLY=0, ONE=0, KINDS=0)
     run((-(-k // 512), rows), 32, x.device, *map(_pointer, (x, norm, values, scales)), ctypes.c_float(eps))
     return values, scales
 

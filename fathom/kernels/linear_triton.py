@@ -27,7 +27,7 @@ from fathom.kernels.linear import Part
 from fathom.kernels.norm import rms_norm
 from fathom.kernels.product_triton import eights, sixteens, widened
 from fathom.kernels.quant import fp8_sim
-from fathom.kernels.quant_triton import form_of, quantise
+from fathom.kernels.quant_triton import form_of, halves, quantise
 
 FEW = 64
 """Rows of the first class. A decode step stays below, a prefill call above: the caller pads."""
@@ -41,9 +41,9 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, dtype: torch.
     return _product(x, weight, scale, 1, dtype or x.dtype)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Any:
+def grouped_linear(x: Tensor, groups: int, weight: Tensor, scale: Tensor | None = None) -> Any:
     """`linear.grouped_linear`, likewise."""
-    return _product(x.flatten(1), weight, scale, x.shape[1], x.dtype)
+    return _product(x, weight, scale, groups, x.dtype)
 
 
 def linears(x: Tensor, parts: Sequence[Part], norm: Tensor | None = None, eps: float = 0.0) -> Any:
@@ -70,10 +70,11 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor | None, groups: int, dtype
         return NotImplemented
     if weight.shape[1] % (128 if stored else 8) or weight.shape[0] // groups % (128 if groups > 1 else 1):
         return NotImplemented
+    left, x = halves(x), x if x.dim() == 2 else x.flatten(1)
     if not x.shape[0]:
         return x.new_empty((0, weight.shape[0]), dtype=dtype)
     if x.shape[0] <= FEW:
-        out = linear_cuda.linears(x, (Part(weight, scale, dtype=dtype),), groups=groups)
+        out = linear_cuda.linears(x, (Part(weight, scale, dtype=dtype),), groups=groups, halves=left)
         return few(x, weight, scale, groups, dtype) if out is NotImplemented else out[0]
     if weight.dtype == torch.float32 or weight.shape[1] % 64:
         return NotImplemented

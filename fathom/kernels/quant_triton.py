@@ -24,6 +24,7 @@ PLAIN_ORDER, PAIRS, GRID = 0, 1, 2
 _DTYPES = {PLAIN_ORDER: torch.float8_e4m3fn, PAIRS: torch.float16}
 _FLOATS = (torch.bfloat16, torch.float32)
 _known: Any = WeakIdKeyDictionary()
+_halves: Any = WeakIdKeyDictionary()
 
 
 def note(x: Tensor, values: Tensor, scales: Tensor, exact: bool = False) -> None:
@@ -44,6 +45,17 @@ def known(x: Tensor) -> tuple[Tensor, Tensor] | None:
     """The form of x in PLAIN_ORDER, if its maker left it."""
     found = _known.get(x)
     return None if found is None else found[:2]
+
+
+def note_halves(x: Tensor, values: Tensor, scales: Tensor) -> None:
+    """Likewise a row of x [T, ...] as FP16 values times a float32 power of two for 64 columns."""
+    _halves[x] = values, scales
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """That form of x, if its maker left it."""
+    found: tuple[Tensor, Tensor] | None = _halves.get(x)
+    return found
 
 
 def quantise(x: Tensor, form: int = PLAIN_ORDER, block: int = WEIGHT_BLOCK) -> tuple[Tensor, Tensor]:

@@ -53,8 +53,7 @@ class Attention(nn.Module):
         """[T, D] -> [T, D]; `state` keeps the layer's rows between calls."""
         memory = state.memory
         o_THC = self._by_tile(x_TD, step, state) if memory is None else self._in_memory(x_TD, step, memory)
-        o_TGK = o_THC.flatten(1).unflatten(-1, (self.config.o_groups, -1))
-        return linears(self.wo_a(o_TGK), (self.wo_b.part(self.numerics.quantize),))[0]
+        return linears(self.wo_a(o_THC), (self.wo_b.part(self.numerics.quantize),))[0]
 
     def _by_tile(self, x: Tensor, step: Step, state: LayerState) -> Tensor:
         """[T, H, C]: pieces of sequences one after the other, each of any length."""

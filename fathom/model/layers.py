@@ -136,8 +136,8 @@ class GroupedLinear(Linear):
         return pack_all(self.weight.unflatten(0, (self.groups, -1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, groups, in] -> [T, groups * out / groups], flattened as W's rows are."""
-        return grouped_linear(x, self.packed or self.weight, self.scale)
+        """[T, ...], groups * in values a row, -> [T, groups * out / groups], flattened as W's rows are."""
+        return grouped_linear(x, self.groups, self.packed or self.weight, self.scale)
 
 
 class RMSNorm(nn.Module):

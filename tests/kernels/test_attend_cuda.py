@@ -18,7 +18,7 @@ from fathom.kernels.testing import error, poisoned
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from fathom.kernels import attend_cuda
+from fathom.kernels import attend_cuda, quant_triton
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -80,6 +80,8 @@ def test_rows_of_all_kinds(ratio: int, context: int, heads: int, monkeypatch: py
         want = decode.attend(q, sink, tokens, memory, context, chosen)
     assert error(got[:-1], want[:-1]) < TOLERANCE
     assert got.isfinite().all()
+    values, scales = quant_triton.halves(got) or (got, got)
+    assert torch.equal((values.float().unflatten(-1, (-1, 64)) * scales.unsqueeze(-1)).flatten(-2), got.float())
     for i in random.Random(heads).sample(slots, 3):
         one = tokens_of([i], [positions[i]])
         alone = attend_cuda.attend(

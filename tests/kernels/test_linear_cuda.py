@@ -85,13 +85,26 @@ def test_what_is_known_is_what_would_be_rounded() -> None:
     assert torch.equal(linears(x, [p])[0], inside)
 
 
-@pytest.mark.parametrize("rows", [1, 33])
-def test_groups_have_their_own_columns(rows: int) -> None:
+def in_halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in FP16 and the powers of two of 64 columns each that they are to be multiplied with."""
+    v = x.float().unflatten(1, (-1, 64))
+    scale = v.abs().amax(-1).log2().floor().sub(14).exp2()
+    return (v / scale.unsqueeze(-1)).half().flatten(1), scale
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 8, 33])
+def test_groups_have_their_own_columns(rows: int, halves: bool) -> None:
     (p, weight), groups, k = part(4096, 4096, "as it is", 1), 4, 4096
-    x = rand(rows, groups * k, seed=2).bfloat16()
-    (y,) = linears(x, (p,), groups=groups)
+    x = rand(rows, groups * k, seed=2).bfloat16() * rand(rows, groups * k, seed=3).mul(4).exp2().bfloat16()
+    form = in_halves(x) if halves else None
+    with poisoned():
+        (y,) = linears(x, (p,), groups=groups, halves=form)
     want = torch.einsum("tgk,gnk->tgn", x.double().unflatten(1, (groups, k)), weight.unflatten(0, (groups, -1)))
     assert error(y, want.flatten(1)) < TOLERANCE
+    for i in range(rows):
+        own = None if form is None else (form[0][i : i + 1], form[1][i : i + 1])
+        assert torch.equal(linears(x[i : i + 1], (p,), groups=groups, halves=own)[0], y[i : i + 1])
 
 
 def test_a_row_has_the_same_bits_in_any_company() -> None:

@@ -54,7 +54,7 @@ def test_groups(groups: int, rows: int) -> None:
     parts = dequantize_fp8(weight, scale).double().unflatten(0, (groups, -1))
     want = torch.einsum("tgk,gnk->tgn", x.double(), parts).flatten(1)
     with poisoned():
-        assert error(ops.grouped_linear(x, weight, scale), want) < TOLERANCE
+        assert error(ops.grouped_linear(x, groups, weight, scale), want) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
