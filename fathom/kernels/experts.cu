@@ -12,6 +12,7 @@
 // STAGES  pieces of 256 columns that a warp has room for: whole lines of the cache, one of them in use
 // UP      1: gate and up rows, joined by SwiGLU (BF16 [P, N]); 0: down (float32 [P, N])
 // TOP     experts a token
+// READY   1: x was complete before the launch that chose the experts began
 // ONE     1: there is one token, so every expert has one pair
 
 typedef unsigned char u8;
@@ -98,58 +99,69 @@ __device__ __forceinline__ void put(u8* to, const u32 (&w)[8]) {
 __device__ __forceinline__ void given(u8* to, float* factors, const u8* x, const float* scales, const int* list, int count) {
     for (int i = threadIdx.x; i < count * (K / 32); i += THREADS) {
         const int n = i / (K / 32), group = i % (K / 32);
-        const uint4* from = (const uint4*)(x + (long long)(list[n] / TOP) * K + group * 32);
+        const long long row = ONE ? 0 : list[n] / TOP;
+        const uint4* from = (const uint4*)(x + row * K + group * 32);
         const uint4 a = from[0], b = from[1];
+        const float scale = scales[row * CHUNKS + group / 4];
         const u32 w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
         put(to + group * 256 + n * 16, w);
-    }
-    for (int i = threadIdx.x; i < count * CHUNKS; i += THREADS) {
-        const int n = i / CHUNKS, chunk = i % CHUNKS;
-        factors[chunk * PAIRS + n] = scales[list[n] / TOP * CHUNKS + chunk];
+        if (group % 4 == 0) factors[group / 4 * PAIRS + n] = scale;
     }
 }
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// The same of BF16 rows, rounded here: four lanes share a scale.
+// 32 columns of a BF16 row.
+__device__ __forceinline__ void read(u32 (&v)[16], const u16* x) {
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+        const uint4 part = ((const uint4*)x)[q];
+        v[4 * q] = part.x, v[4 * q + 1] = part.y, v[4 * q + 2] = part.z, v[4 * q + 3] = part.w;
+    }
+}
+
+// They in e4m3, in shared memory if they are somebody's: four lanes share a scale.
+__device__ __forceinline__ void round_off(u8* to, float* factors, const u32 (&v)[16], int n, int group, bool inside) {
+    float most = 1e-4f;
+#pragma unroll
+    for (int e = 0; e < 16; e++) most = fmaxf(most, fmaxf(fabsf(low(v[e])), fabsf(high(v[e]))));
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+    const u32 bits = (__float_as_uint(__fdiv_rn(most, 448.0f)) + 0x7fffff) & 0x7f800000;
+    const float shrink = __uint_as_float(0x7f000000 - bits);
+    u32 w[8];
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        u16 a, b;
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(a) : "f"(high(v[2 * e]) * shrink), "f"(low(v[2 * e]) * shrink));
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(b) : "f"(high(v[2 * e + 1]) * shrink), "f"(low(v[2 * e + 1]) * shrink));
+        w[e] = a | (u32)b << 16;
+    }
+    if (!inside) return;
+    put(to + group * 256 + n * 16, w);
+    if (group % 4 == 0) factors[group / 4 * PAIRS + n] = __uint_as_float(bits);
+}
+
+// The same of BF16 rows, rounded here.
 __device__ __forceinline__ void rounded(u8* to, float* factors, const u16* x, const int* list, int count) {
     for (int first = 0; first < count * (K / 32); first += THREADS) {
         const int i = first + threadIdx.x, n = i / (K / 32), group = i % (K / 32);
-        const bool inside = n < count;
-        u32 v[16] = {}, w[8];
-        if (inside) {
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
-                const uint4 part = ((const uint4*)(x + (long long)list[n] * K + group * 32))[q];
-                v[4 * q] = part.x, v[4 * q + 1] = part.y, v[4 * q + 2] = part.z, v[4 * q + 3] = part.w;
-            }
-        }
-        float most = 1e-4f;
-#pragma unroll
-        for (int e = 0; e < 16; e++) most = fmaxf(most, fmaxf(fabsf(low(v[e])), fabsf(high(v[e]))));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-        const u32 bits = (__float_as_uint(__fdiv_rn(most, 448.0f)) + 0x7fffff) & 0x7f800000;
-        const float shrink = __uint_as_float(0x7f000000 - bits);
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-            u16 a, b;
-            asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(a) : "f"(high(v[2 * e]) * shrink), "f"(low(v[2 * e]) * shrink));
-            asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(b) : "f"(high(v[2 * e + 1]) * shrink), "f"(low(v[2 * e + 1]) * shrink));
-            w[e] = a | (u32)b << 16;
-        }
-        if (!inside) continue;
-        put(to + group * 256 + n * 16, w);
-        if (group % 4 == 0) factors[group / 4 * PAIRS + n] = __uint_as_float(bits);
+        u32 v[16] = {};
+        if (n < count) read(v, x + (long long)list[n] * K + group * 32);
+        round_off(to, factors, v, n, group, n < count);
     }
+}
+
+__device__ __forceinline__ void placed() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
 }
 
 __device__ void place(u8* to, float* factors, const u8* x, const float* scales, const int* list, int count) {
     if (UP) given(to, factors, x, scales, list, count);
     else rounded(to, factors, (const u16*)x, list, count);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncthreads();
+    placed();
 }
 
 // The two rows that a lane multiplies of a warp's 16, half of a piece: for each of four scales one word a row.
@@ -203,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     u8* const ring = powers + TILES * 64 * SCALES;                       // [4 warps, STAGES, 16, 128]
     __shared__ float factors[PAIRS * CHUNKS];
     __shared__ int list[MOST];
+    if (UP && ONE && READY) place(xs, factors, x, scales, list, 1);
     // Down begins at the earliest when gate and up have begun, so what they waited for, `chosen` too, is complete.
     if (UP) wait();
     // In this order: what runs beside gate and up (EARLY in linear.cu) reads what was complete when they began.
@@ -242,10 +255,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
             if (ahead >= CHUNKS) near += ROWS * (K / 2) - ahead * 64, ahead = 0, tile++;
             commit();
         };
+        // Of one pair x goes first: behind the weights it would come late.
+        constexpr bool FIRST = !UP && ONE && K / 32 <= THREADS;
+        const bool inside = threadIdx.x < K / 32;
+        u32 row[16] = {};
+        if (FIRST) wait();
+        if (FIRST && inside) read(row, (const u16*)x + (long long)own * K + threadIdx.x * 32);
 #pragma unroll
         for (int c = 0; c < STAGES - 1; c++) load(mine + c * SLOT);
-        if (!UP && first == 0) wait();
-        place(xs, factors, x, scales, list + first, now);
+        if (!UP && !FIRST && first == 0) wait();
+        if (FIRST) round_off(xs, factors, row, 0, threadIdx.x, inside), placed();
+        else if (!(UP && ONE && READY)) place(xs, factors, x, scales, list + first, now);
         float share[2] = {};
 #pragma unroll
         for (int i = 0; i < 2 - ONE; i++)

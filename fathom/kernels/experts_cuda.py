@@ -18,7 +18,7 @@ from fathom.kernels.cuda import compiles, kernel
 from fathom.kernels.experts import Down
 from fathom.kernels.experts_pairs_triton import Fp4Experts, combine
 from fathom.kernels.linear_cuda import gated_linear
-from fathom.kernels.quant_triton import quantise
+from fathom.kernels.quant_triton import known, quantise
 
 MOST_PAIRS = 512
 """Pairs of a token and an expert that a block can look through."""
@@ -53,16 +53,17 @@ def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:
 
 def gate_up(
     x: Tensor, scales: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float,
-    form: Shape | None = None,
+    form: Shape | None = None, ready: bool = False,
 ) -> Tensor:  # fmt: skip
     """shares * silu(min(a, limit)) * clamp(b, -limit, limit), [a, b] = w13[e] x, for every pair: BF16 [P, I].
 
     x e4m3 [T, D] and scales [T, D / 128] from `quantise`; chosen int32 and shares float32 [T, k].
+    ready: x was complete before the launch began that made `chosen`.
     """
     width = weights.w13.shape[1] // 2
     out = torch.empty((chosen.numel(), width), dtype=torch.bfloat16, device=x.device)
     tensors = (weights.w13, weights.s13, x, scales, chosen, shares, out)
-    _run(tensors, width, width // 32, limit, form or shape(chosen.numel(), True), up=True)
+    _run(tensors, width, width // 32, limit, form or shape(chosen.numel(), True), up=True, ready=ready)
     return out
 
 
@@ -88,7 +89,8 @@ def few(
     chosen = chosen.int()
     # Memory that is free now was last used by kernels that have ended when gate and up begin; later it may not be.
     room = torch.empty_like(x)
-    hidden = gate_up(*quantise(x), chosen, shares, weights, limit)
+    # Routers begin when all before them has ended; who left x rounded did so before they were launched.
+    hidden = gate_up(*quantise(x), chosen, shares, weights, limit, ready=known(x) is not None)
     added = _beside(shared, room)
     return combine(down(hidden, chosen, weights), chosen.shape[1], added)
 
@@ -100,13 +102,17 @@ def _beside(shared: Tensor | Down | None, room: Tensor) -> Tensor | None:
     return shared.product() if out is NotImplemented else room
 
 
-def _run(tensors: tuple[Tensor, ...], rows: int, tiles: int, limit: float, form: Shape, up: bool) -> None:
+def _run(
+    tensors: tuple[Tensor, ...], rows: int, tiles: int, limit: float, form: Shape, up: bool, ready: bool = False
+) -> None:
     """tensors: as the kernel names them; rows: of a result; tiles: of 64 rows of an expert."""
     x, chosen = tensors[2], tensors[4]
     columns, pairs, each = x.shape[1], chosen.numel(), math.gcd(tiles, form.tiles)
     shared = _TOGETHER * columns + each * 64 * (columns // 32 + 16) + 4 * form.stages * 2048
-    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "UP": int(up), "ONE": int(len(chosen) == 1)}
-    run = kernel("experts.cu", "experts", x.device, shared, **sizes, TOP=chosen.shape[1])
+    tokens, top = chosen.shape
+    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "UP": int(up), "READY": int(ready)}
+    run = kernel("experts.cu", "experts", x.device, shared, **sizes, TOP=top, ONE=int(tokens == 1))
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     numbers = ctypes.c_int(pairs), ctypes.c_int(rows), ctypes.c_float(limit)
-    run((tiles // each, pairs), 128, x.device, *pointers, *numbers)
+    # Down of one token is all waiting for x: begun early it would only be in the way.
+    run((tiles // each, pairs), 128, x.device, *pointers, *numbers, early=up or tokens > 1)

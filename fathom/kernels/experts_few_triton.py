@@ -155,7 +155,7 @@ def _gate_up(
     x, xs, w, s, chosen, shares, links, out, P, I: tl.constexpr, K: tl.constexpr, G: tl.constexpr, BN: tl.constexpr,
     NB: tl.constexpr, TOPK: tl.constexpr, LIMIT: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """NB blocks of BN rows of one expert for all pairs that chose it; the next block is loaded before this one is used."""
+    """NB blocks of BN rows of one expert for all that chose it; the next block is loaded before this one is used."""
     p = tl.program_id(1)
     W: tl.constexpr = K // 8
     MASKED: tl.constexpr = K // 32 != G

@@ -29,7 +29,7 @@ def route(logits: Tensor, bias: Tensor | None, table: Tensor | None, tokens: Ten
     by_hash = table is not None
     _route[(rows,)](
         logits, table if by_hash else bias, tokens, chosen, shares, experts, power_of_two(experts), k, power_of_two(k),
-        factor, by_hash, **options(logits, 1),
+        factor, by_hash, **options(logits, 1, early=False),
     )  # fmt: skip
     return chosen, shares
 
