@@ -12,6 +12,7 @@ Names: B tokens, H heads, C head dim, h index heads, d index dim, P = rope dims 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,17 +41,28 @@ class Tokens:
 
     @staticmethod
     def at(slots: Tensor, positions: Tensor, plain: Tensor, compressed: Tensor) -> Tokens:
-        """With rotations of the frequencies [P] of layers without compression and with it; once a step."""
-        first = torch.stack((positions, positions, positions // 4 * 4, positions // 128 * 128))
-        freqs = torch.stack((plain, compressed, compressed, compressed))
-        angles = first.float().unsqueeze(-1) * freqs.unsqueeze(1)
-        return Tokens(slots, positions, torch.view_as_real(torch.polar(torch.ones_like(angles), angles)))
+        """With rotations of the frequencies [P] of layers without compression and with it; once a step.
+
+        Positions are int32 and not negative. Three launches: at a step's begin each costs its latency.
+        """
+        masks, freqs, one = _kinds(plain, compressed)
+        angles = (positions & masks).unsqueeze(-1) * freqs
+        return Tokens(slots, positions, torch.view_as_real(torch.polar(one, angles)))
 
     def turn(self, ratio: int, block: bool = False) -> Tensor:
         """float32 [B, P, 2] in a layer of this ratio: of the token, or of its block's first position."""
         if block:
             return self.turns[BLOCK_4 if ratio == 4 else BLOCK_128]
         return self.turns[COMPRESSED if ratio else PLAIN]
+
+
+@lru_cache(maxsize=8)
+def _kinds(plain: Tensor, compressed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For the kinds of rotations: masks of a block's first position [4, 1], frequencies [4, 1, P]; and 1."""
+    with torch.inference_mode(False):  # kept for later calls
+        masks = torch.tensor([[-1], [-1], [-4], [-128]], dtype=torch.int32, device=plain.device)
+        freqs = torch.stack((plain, compressed, compressed, compressed)).unsqueeze(1)
+        return masks, freqs, torch.ones(1, device=plain.device)
 
 
 @dataclass(frozen=True)
