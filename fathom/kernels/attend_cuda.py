@@ -18,8 +18,8 @@ from fathom.kernels.quant_triton import note_halves
 _WIDTH, _ROPE, _HEADS, _THREADS = 512, 64, 16, 512
 _ROWS, _CLUSTER, _LIMIT, _MOST = 32, 8, 3, 8
 """Rows of a block at a time, blocks of a cluster, rounds of them before a token has a second cluster, of 8 at most."""
-_PROCESSORS = 132
-"""Of an H200: blocks up to which each may have all registers of one."""
+_FEW = 64
+"""Blocks of a launch up to which each may have all registers of a multiprocessor; found by measurement."""
 _SHARED = sum((
     2 * (_HEADS + _ROWS) * (_WIDTH + 8),  # queries and rows as BF16; then results, which are less
     _HEADS * 4 * (_WIDTH + 8 * _CLUSTER) + 8 * _HEADS * _CLUSTER,  # results and their sums from every block
@@ -62,7 +62,7 @@ def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, c
     tensors = (q.contiguous(), *memory.window.planes, *held.planes, chosen, memory.table, *where, sink, turn)
     numbers = ctypes.c_int(heads), ctypes.c_int(number)
     grid = _CLUSTER * clusters * -(-heads // _HEADS), count
-    run = kernel("attend.cu", "attend", q.device, _SHARED, **sizes, FIT=1 if grid[0] * count <= _PROCESSORS else 2)
+    run = kernel("attend.cu", "attend", q.device, _SHARED, **sizes, FIT=1 if grid[0] * count <= _FEW else 2)
     more = ctypes.c_int(memory.table.shape[1]), ctypes.c_float(width**-0.5)
     run(grid, _THREADS, q.device, *map(_pointer, tensors), leave, *map(_pointer, (parts, sums)), *numbers, *more)
     if clusters > 1:

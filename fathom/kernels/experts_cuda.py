@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 def shape(pairs: int, up: bool) -> Shape:
     """What measured best on an H200."""
     if pairs <= _ONE_TOKEN:
-        return Shape(1 if up else 2, 4)
+        return Shape(1, 4)
     if pairs <= _FEW_PAIRS:
         return Shape(1, 3) if up else Shape(4, 4)
     return Shape(4, 4)
