@@ -1,10 +1,10 @@
 """Decode of V4-Flash on one H200: random weights of every size of the real ones, one rank of two.
 
-    python benchmarks/decode.py [--only first,short,served,long,many,packed,peer] [--out FOLDER]
+    python benchmarks/decode.py [--only first,short,served,long,many,packed,peer,small] [--out FOLDER]
 
 first: from weights in place to the first token; short: 4K; served: 4K over a cache for 1M, as a server has it unless
 --max-context says less; long: 128K and 1M; many: 32 sequences; packed: index keys as FP4; peer: five whole layers
-beside transformers. The weights are made in seconds; a part is one load of them.
+beside transformers; small: the embedded model, its own weights. Random weights are made in seconds; a part is one load.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ def peer() -> dict[str, Any]:
     return measure(job)
 
 
+def small() -> dict[str, Any]:
+    """The part about the embedded model."""
+    return measure(DeviceJob(mode="decode", contexts=(512, 4 * K)))
+
+
 PARTS = {
     "first": first,
     "short": partial(rows, ((4 * K, 8), (4 * K, 32), (4 * K, 1))),
@@ -62,6 +67,7 @@ PARTS = {
     "many": partial(rows, ((128 * K, 32), (4 * K, 8))),
     "packed": partial(rows, ((4 * K, 1), (M, 1)), "fp4"),
     "peer": peer,
+    "small": small,
 }
 
 if __name__ == "__main__":

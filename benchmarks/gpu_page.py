@@ -110,13 +110,13 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[float, float | None, fl
 def _figures_of(report: dict[str, Any], row: dict[str, Any]) -> dict[str, tuple[float, float | None, float | None]]:
     if report.get("peer"):
         return {f"decode after {row['context']}, times {report['peer']}": (row["ratio"], None, None)}
-    sums = row["seconds"] + row["all_reduce_seconds"]
+    sums, own = row["seconds"] + row["all_reduce_seconds"], "" if report["model"] == "flash" else f"{report['model']}, "
     if report["mode"] == "prefill":
-        tokens = row["context"]
-        return {f"prefill of {tokens}, tok/s": (tokens / row["seconds"], tokens / sums, tokens / row["floor_seconds"])}
+        tokens, name = row["context"], f"{own}prefill of {row['context']}, tok/s"
+        return {name: (tokens / row["seconds"], tokens / sums, tokens / row["floor_seconds"])}
     made = f", a cache for {report['max_context']}" if report.get("max_context") else ""
-    name = f"decode {row['context']} x {row['batch']}, {report['keys']} keys{made}, ms"
-    kept = {f"KV of a sequence of {row['context']}, {report['keys']} keys, GB": (
+    name = f"{own}decode {row['context']} x {row['batch']}, {report['keys']} keys{made}, ms"
+    kept = {f"{own}KV of a sequence of {row['context']}, {report['keys']} keys, GB": (
         row["kv_bytes"] / 1e9, None, row["kv_counted"] / 1e9
     )}  # fmt: skip
     return {name: (1e3 * row["seconds"], 1e3 * sums, 1e3 * row["floor_seconds"])} | kept

@@ -1,8 +1,9 @@
 """Prefill of V4-Flash on one H200: random weights of every size of the real ones, one rank of two.
 
-    python benchmarks/prefill.py [--only 32k,1m,1m-whole] [--out FOLDER]
+    python benchmarks/prefill.py [--only 32k,1m,1m-whole,small-32k] [--out FOLDER]
 
-1m: eight chunks of a prompt of 1,048,576 tokens, at evenly spaced depths; 1m-whole: all of it.
+1m: eight chunks of a prompt of 1,048,576 tokens, at evenly spaced depths; 1m-whole: all of it; small-32k: 32,768 tokens
+by the embedded model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from gpu_page import take
 
-from fathom.cli.bench_device import DeviceJob, asked, gpu, inference, where, whole_config
+from fathom.cli.bench_device import DeviceJob, asked, gpu, inference, measure, where, whole_config
 from fathom.cli.bench_prefill import PrefillBench
 
 K, M = 1 << 10, 1 << 20
@@ -28,7 +29,17 @@ def row(tokens: int, runs: int, samples: int = 0) -> dict[str, Any]:
     return {**asked(job, config), **where(place), **bench.about, "rows": [measured]}
 
 
-PARTS = {"32k": partial(row, 32 * K, 3), "1m": partial(row, M, 1, 8), "1m-whole": partial(row, M, 1)}
+def small() -> dict[str, Any]:
+    """The part about the embedded model."""
+    return measure(DeviceJob(mode="prefill", contexts=(32 * K,)))
+
+
+PARTS = {
+    "32k": partial(row, 32 * K, 3),
+    "1m": partial(row, M, 1, 8),
+    "1m-whole": partial(row, M, 1),
+    "small-32k": small,
+}
 
 if __name__ == "__main__":
     take(PARTS)
