@@ -5,10 +5,14 @@
 first: from weights in place to the first token; short: 4K; served: 4K over a cache for 1M, as a server has it unless
 --max-context says less; long: 128K and 1M; many: 32 sequences; packed: index keys as FP4; peer: five whole layers
 beside transformers; small: the embedded model, its own weights. Random weights are made in seconds; a part is one load.
+Both ranks, each on a GPU of one machine, their sums included:
+
+    python -m torch.distributed.run --nproc-per-node 2 benchmarks/decode.py [--only pair,pair-long]
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,25 +20,28 @@ from typing import Any
 from gpu_page import take
 
 from fathom.cli.bench_decode import DecodeBench
-from fathom.cli.bench_device import DeviceJob, asked, gpu, measure, where, whole_config
+from fathom.cli.bench_device import DeviceJob, asked, gpu, measure, ranks, where, whole_config
 from fathom.engine.graphs import SIZES
 
 K, M = 1 << 10, 1 << 20
 
 
-def bench(keys: str = "fp8", max_context: int | None = None) -> tuple[DecodeBench, dict[str, Any]]:
+def bench(
+    keys: str = "fp8", max_context: int | None = None, together: bool = False
+) -> tuple[DecodeBench, dict[str, Any]]:
     """One rank's model in place, and what a report says of it."""
     job = DeviceJob(
-        mode="decode", model="flash", synthetic=True, contexts=(), ranks=2, keys=keys, max_context=max_context
-    )
-    config, place = whole_config(job), gpu(job.device)
+        mode="decode", model="flash", synthetic=True, contexts=(), ranks=2, keys=keys, max_context=max_context,
+        together=together,
+    )  # fmt: skip
+    config, place = whole_config(job), ranks().device if together else gpu(job.device)
     made = DecodeBench(job, config, place)
     return made, {**asked(job, config), **where(place), **made.about}
 
 
-def rows(cases: Sequence[tuple[int, int]], keys: str = "fp8", max_context: int | None = None) -> dict[str, Any]:
-    """A part of several steps: (context, sequences); the launches of the last one."""
-    made, said = bench(keys, max_context)
+def rows(cases: Sequence[tuple[int, int]], *made_as: Any, **named: Any) -> dict[str, Any]:
+    """A part of several steps: (context, sequences); the launches of the last one. made_as: see `bench`."""
+    made, said = bench(*made_as, **named)
     measured = [made.row(context, batch, breakdown=(context, batch) == cases[-1]) for context, batch in cases]
     return {**said, "rows": measured, "launches": made.launches}
 
@@ -70,5 +77,10 @@ PARTS = {
     "small": small,
 }
 
+TOGETHER = {
+    "pair": partial(rows, ((4 * K, 8), (4 * K, 32), (4 * K, 1)), together=True),
+    "pair-long": partial(rows, ((128 * K, 1), (128 * K, 32), (M, 1)), together=True),
+}
+
 if __name__ == "__main__":
-    take(PARTS)
+    take(TOGETHER if "RANK" in os.environ else PARTS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -46,12 +47,15 @@ def take(parts: Mapping[str, Part]) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu.json and gpu.md")
     parser.add_argument("--commit", help="of this tree, where it is no clone")
     given = parser.parse_args()
+    leads = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first writes
     names = given.only.split(",") if given.only else list(parts)
     if unknown := set(names) - set(parts):
         parser.error(f"unknown part {min(unknown)}: use {', '.join(parts)}")
     for name in names:
         begin = time.perf_counter()
         report = parts[name]()
+        if not leads:
+            continue
         report["commit"] = given.commit or report["commit"]
         kept = load(given.out) | {name: {**report, "took": time.perf_counter() - begin}}
         store(given.out, kept)
@@ -91,7 +95,8 @@ def page(parts: Mapping[str, Any]) -> Iterator[str]:
 _NOTES = (
     "Written by `python benchmarks/decode.py` and `python benchmarks/prefill.py`, part by part (`--only`); all figures",
     "are in `gpu.json`, medians. One rank of two computes its share of the model alone on one GPU: the sums over both",
-    "are counted by measured rates and stand apart. Floors: bytes at 4.3 TB/s, FLOPs at 1,580 (FP8) and 790 TFLOP/s.",
+    "are counted by measured rates and stand apart. In parts named `pair` both ranks run, on two GPUs, and sum.",
+    "Floors: bytes at 4.3 TB/s, FLOPs at 1,580 (FP8) and 790 TFLOP/s.",
     "",
 )
 
@@ -111,6 +116,7 @@ def _figures_of(report: dict[str, Any], row: dict[str, Any]) -> dict[str, tuple[
     if report.get("peer"):
         return {f"decode after {row['context']}, times {report['peer']}": (row["ratio"], None, None)}
     sums, own = row["seconds"] + row["all_reduce_seconds"], "" if report["model"] == "flash" else f"{report['model']}, "
+    own += f"{report['ranks']} GPUs, " if report["together"] else ""
     if report["mode"] == "prefill":
         tokens, name = row["context"], f"{own}prefill of {row['context']}, tok/s"
         return {name: (tokens / row["seconds"], tokens / sums, tokens / row["floor_seconds"])}
