@@ -3,7 +3,8 @@
 // A cluster of eight blocks has 16 heads of one token: its rows, 32 at a time, go round among the blocks, which send each
 // other their results to sum up: each has 64 columns. (A barrier of the cluster that orders memory waits for all of it,
 // also for the weights that the next kernel is loading; what is sent beside a barrier of its own does not.) A token with
-// more rows than LIMIT rounds has several clusters, and `combine` sums theirs up. How rows are shared out depends on the token's position alone, and every sum has one order.
+// more rows than LIMIT rounds has several clusters, and `combine` sums theirs up. How rows are shared out depends on the
+// token's position alone, and every sum has one order.
 //
 // Rows are e4m3 with a scale for 64 columns, and BF16 in the last ROPE columns; they are multiplied as BF16, exactly what
 // they were stored from. Warps share out the rows and quarters of the columns of Q K^T, then columns of P V.
@@ -256,6 +257,7 @@ __device__ __forceinline__ void receive(Shared& s) {
         asm volatile(
             "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
             : "=r"(here) : "r"(address(&s.full)) : "memory");
+    __syncwarp();
 }
 
 // Two neighbouring columns of a token's head, as they leave: BF16, the last ROPE turned back.
@@ -336,12 +338,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         pieces.load(block < WINDOWS ? window : held, block < WINDOWS ? window_scales : held_scales, rows);
     };
     float acc[OWN / 8][4] = {}, top = LOWEST, total = 0;
-    // The blocks up to `end`; the rows of the first are on their way.
-    const auto rounds = [&](int end) __attribute__((always_inline)) {
+    // The blocks up to `end`; the rows of the first are on their way. last: none come after these.
+    const auto rounds = [&](int end, bool last) __attribute__((always_inline)) {
         for (; block < end; block += step) {
             pieces.store(s.k);
             load(block + step);
-            if (end > WINDOWS && block + 2 * step >= end) begin_next();
+            if (last && block + 2 * step >= end) begin_next();
             find(block + 2 * step, end);
             __syncthreads();
             multiply(s);
@@ -362,7 +364,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         // own end whoever chooses.
         find(block, WINDOWS), load(block), find(block + step, WINDOWS);
         load_queries(s, q + (t * heads + h0) * C, heads - h0);
-        rounds(WINDOWS);
+        rounds(WINDOWS, false);
         block = WINDOWS + cluster * CLUSTER + rank;
     }
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -372,7 +374,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
     if (!CHOSEN) load_queries(s, q + (t * heads + h0) * C, heads - h0);
     if (block + step >= seen.last) begin_next();  // not before: its weights would come ahead of these rows
     find(block + step, seen.last);
-    rounds(seen.last);
+    rounds(seen.last, true);
     send_all(s, acc, top, total, rank);
     receive(s);
     // What all have received nobody's memory is needed for any more; the barrier's end is waited for behind the rest.

@@ -33,8 +33,14 @@ class _Leave(ctypes.Structure):
 
 def has(q: Tensor, memory: Memory) -> bool:
     """Whether this device and these shapes have the kernel."""
-    fits = q.dtype == torch.bfloat16 and q.shape[2] == _WIDTH and memory.window.rope == _ROPE and len(q) > 0
-    return fits and compiles(q.device)
+    fits = (
+        q.dtype == torch.bfloat16
+        and q.shape[2] == _WIDTH
+        and memory.window.rope == _ROPE
+        and len(q) > 0
+        and q.is_contiguous()
+    )
+    return fits and compiles(q.device, "attend.cu")
 
 
 def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, chosen: Tensor | None = None) -> Tensor:
@@ -59,7 +65,7 @@ def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, c
     sizes = {"SPAN": memory.span, "RING": memory.window.per, "RATIO": memory.ratio, "PER": held.per, "MOST": clusters}
     sizes["CHOSEN"] = int(chosen is not None)
     where, turn = (tokens.slots, tokens.positions), tokens.turn(memory.ratio)
-    tensors = (q.contiguous(), *memory.window.planes, *held.planes, chosen, memory.table, *where, sink, turn)
+    tensors = (q, *memory.window.planes, *held.planes, chosen, memory.table, *where, sink, turn)
     numbers = ctypes.c_int(heads), ctypes.c_int(number)
     grid = _CLUSTER * clusters * -(-heads // _HEADS), count
     run = kernel("attend.cu", "attend", q.device, _SHARED, **sizes, FIT=1 if grid[0] * count <= _FEW else 2)

@@ -3,8 +3,9 @@
 Every kernel is launched with programmatic dependent launch where the device has it: the next kernel's programs start
 early and load their weights, then wait (`gdc_wait`) until everything before them is complete. Two rules follow. A
 kernel reads nothing before its wait but weights and what says where a step's tokens stand (slots, positions, rotations,
-page tables, which torch's kernels write, and those end before another begins), and every program waits, also one that
-has nothing to do: completion is passed on only through the waits. Exceptions are stated where they are made.
+page tables: written before the last ordinary launch, `Step.begin`), and every program waits, also one that has nothing
+to do: completion is passed on only through the waits. Exceptions are stated where they are made: attention of a step,
+the shared expert, experts of one token. They rest on routers and index scores being ordinary launches.
 
 PLAIN selects variants without inline assembly and without dependent launch: Triton's interpreter runs those.
 """

@@ -10,8 +10,8 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -50,8 +50,8 @@ class _Config(ctypes.Structure):
 class Kernel:
     """A compiled function of one device."""
 
-    def __init__(self, function: ctypes.c_void_p, shared: int) -> None:
-        self._function, self._shared = function, shared
+    def __init__(self, file: str, function: ctypes.c_void_p, shared: int) -> None:
+        self._file, self._function, self._shared = file, function, shared
 
     def __call__(
         self, grid: tuple[int, int], threads: int, device: torch.device, *arguments: Any, early: bool = True
@@ -66,12 +66,34 @@ class Kernel:
             (*grid, 1), (threads, 1, 1), self._shared, stream, ctypes.pointer(attribute), int(DEPENDENT and early)
         )
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        _checked(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "launch")
+        try:
+            _checked(_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "launch")
+        except KernelError:
+            refused.add(self._file)
+            raise
+
+
+refused: set[str] = set()
+"""Source files of which a kernel could not be compiled, loaded or launched here: none of theirs is asked again."""
+
+
+@contextmanager
+def _refusing(file: str) -> Iterator[None]:
+    try:
+        yield
+    except KernelError:
+        refused.add(file)
+        raise
+
+
+def compiles(device: torch.device, file: str) -> bool:
+    """Whether a file's kernels work on a device: Hopper or newer, NVRTC is found, and none of them was refused.
+    Elsewhere Triton's stand in."""
+    return file not in refused and _has_compiler(device)
 
 
 @lru_cache(maxsize=8)
-def compiles(device: torch.device) -> bool:
-    """Whether there are such kernels on a device: Hopper or newer, and NVRTC is found. Elsewhere Triton's stand in."""
+def _has_compiler(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return False
     try:
@@ -87,6 +109,11 @@ def kernel(file: str, name: str, device: torch.device, shared: int = 0, **consta
 
     shared: bytes of shared memory of a block, besides what the source declares.
     """
+    with _refusing(file):
+        return _kernel(file, name, device, shared, constants)
+
+
+def _kernel(file: str, name: str, device: torch.device, shared: int, constants: Mapping[str, int]) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major >= 9 else ''}", "--std=c++17"]
     code = compiled(
@@ -98,7 +125,7 @@ def kernel(file: str, name: str, device: torch.device, shared: int = 0, **consta
         _checked(_driver().cuModuleLoadData(ctypes.byref(module), code), f"load {file}")
     _checked(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"find {name} in {file}")
     _checked(_driver().cuFuncSetAttribute(function, _MOST_SHARED, shared), f"reserve {shared} bytes for {name}")
-    return Kernel(function, shared)
+    return Kernel(file, function, shared)
 
 
 def compiled(source: str, options: Sequence[str]) -> bytes:

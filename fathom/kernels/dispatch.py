@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from fathom.errors import ConfigError
-from fathom.kernels.cuda import KernelError
+from fathom.kernels import cuda
 
 _log = logging.getLogger("fathom.kernels")
 _OLDEST = (8, 9)
@@ -89,23 +89,28 @@ def _against(device: torch.device) -> str:
 
 
 def tried(module: str, name: str, call: Callable[[Any], R]) -> R:
-    """What `call` makes of a kernel; NotImplemented where it makes nothing, also because it does not compile."""
-    if (op := f"{module}.{name}") in _broken:
-        return NotImplemented
-    try:
-        return call(getattr(import_module(f"fathom.kernels.{module}"), name))
-    except Exception as error:
-        if not _is_compilation(error):
-            raise
-        _broken.add(op)
-        text = str(error).strip().splitlines()
-        _log.warning(
-            "%s: this kernel does not compile here, a slower way is taken (%s)", op, text[0] if text else error
-        )
-        return NotImplemented
+    """What `call` makes of a kernel; NotImplemented where it makes nothing, also because it does not compile.
+
+    Where CUDA's do not, Triton's are asked first: the file is refused from then on, and the op is tried once more.
+    """
+    op = f"{module}.{name}"
+    while op not in _broken:
+        refused = len(cuda.refused)
+        try:
+            return call(getattr(import_module(f"fathom.kernels.{module}"), name))
+        except Exception as error:
+            if not _is_compilation(error):
+                raise
+            if len(cuda.refused) == refused:
+                _broken.add(op)
+            text = str(error).strip().splitlines()
+            _log.warning(
+                "%s: this kernel does not compile here, a slower way is taken (%s)", op, text[0] if text else error
+            )
+    return NotImplemented
 
 
 def _is_compilation(error: Exception) -> bool:
     """Whether the compiler gave up, rather than the device or its memory."""
     by_triton = any(kind.__module__.startswith("triton.") for kind in type(error).__mro__)
-    return by_triton or isinstance(error, ImportError | KernelError) or "PassManager" in str(error)
+    return by_triton or isinstance(error, ImportError | cuda.KernelError) or "PassManager" in str(error)

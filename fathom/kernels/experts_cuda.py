@@ -48,7 +48,7 @@ def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:
     """Whether this device and these shapes have the kernel."""
     hidden, width = x.shape[1], weights.w2.shape[2] * 8
     fits = hidden % 128 == 0 and width % 128 == 0 and chosen.numel() <= MOST_PAIRS
-    return fits and compiles(x.device) and torch.cuda.get_device_capability(x.device)[0] == 9
+    return fits and compiles(x.device, "experts.cu") and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def gate_up(
@@ -110,7 +110,13 @@ def _run(
     columns, pairs, each = x.shape[1], chosen.numel(), math.gcd(tiles, form.tiles)
     shared = _TOGETHER * columns + each * 64 * (columns // 32 + 16) + 4 * form.stages * 2048
     tokens, top = chosen.shape
-    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "UP": int(up), "READY": int(ready)}
+    sizes = {
+        "K": columns,
+        "TILES": each,
+        "STAGES": form.stages,
+        "UP": int(up),
+        "READY": int(ready and len(chosen) == 1),
+    }
     run = kernel("experts.cu", "experts", x.device, shared, **sizes, TOP=top, ONE=int(tokens == 1))
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     numbers = ctypes.c_int(pairs), ctypes.c_int(rows), ctypes.c_float(limit)

@@ -24,7 +24,7 @@ def has(scores: Tensor, k: int) -> bool:
     """Whether this device and these shapes have the kernel. Its loads are of four scores."""
     number = scores.shape[1]
     fits = k > 0 and 0 < number <= _THREADS * _CLUSTER * _EACH and number % 4 == 0 and scores.data_ptr() % 16 == 0
-    return fits and compiles(scores.device)
+    return fits and compiles(scores.device, "index.cu")
 
 
 def choose(scores: Tensor, tokens: Tokens, table: Tensor, per: int, k: int) -> Tensor:

@@ -38,6 +38,7 @@ def select(q: Tensor, weights: Tensor, tokens: Tokens, memory: Memory, k: int, m
     number = triton.cdiv(most // 4, 4) * 4  # rows of scores that begin at multiples of 16 bytes
     scores = torch.empty((count, number), dtype=torch.float32, device=q.device)
     keys, where = memory.keys, (tokens.slots, tokens.positions, memory.table)
+    # An ordinary launch (early=False), so that attention may read queries and window while entries are chosen.
     together = min(triton.cdiv(number, KEYS), max(8, _PROGRAMS // count))
     packed = keys.packed
     _scores[(together, count)](

@@ -100,9 +100,16 @@ def _rounded(x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> tuple[T
     values = torch.empty((rows, k), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((rows, k // 128), dtype=torch.float32, device=x.device)
     form = _PLAIN if norm is None else _NORMALISED
-    norm = norm if norm is None else norm.to(x.dtype)
+    own = norm if norm is None else norm.to(x.dtype)
     run = kernel("linear.cu", "rounded", x.device, **_sizes(k, 1), PARTS=1, FORM=form, EARLY=0, ONE=0, KINDS=0)
-    run((-(-k // 512), rows), 32, x.device, *map(_pointer, (x, norm, values, scales)), ctypes.c_float(eps))
+    run(
+        (-(-k // 512), rows),
+        32,
+        x.device,
+        *map(_pointer, (x, own, values, scales)),
+        ctypes.c_float(eps),
+        early=own is norm,
+    )
     return values, scales
 
 
@@ -112,7 +119,7 @@ def _result(x: Tensor, part: Part) -> Tensor:
 
 
 def _is_for(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and 0 < x.shape[0] <= MOST and compiles(x.device)
+    return x.dtype == torch.bfloat16 and 0 < x.shape[0] <= MOST and compiles(x.device, "linear.cu")
 
 
 def _kind(part: Part) -> int | None:

@@ -48,7 +48,10 @@ def known(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def note_halves(x: Tensor, values: Tensor, scales: Tensor) -> None:
-    """Likewise a row of x [T, ...] as FP16 values times a float32 power of two for 64 columns."""
+    """Likewise a row of x [T, ...] as FP16 values times a float32 power of two for 64 columns.
+
+    Products of it have other bits than those of x in BF16: whoever reads x is to get this very tensor.
+    """
     _halves[x] = values, scales
 
 

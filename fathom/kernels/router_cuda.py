@@ -27,6 +27,7 @@ def route(logits: Tensor, bias: Tensor | None, table: Tensor | None, tokens: Ten
     pointers = [
         ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (logits, bias, table, tokens, chosen, shares)
     ]
+    # An ordinary launch: the experts' kernels rely on all before it having ended when they begin.
     run((rows, 1), -(-experts // 32) * 32, logits.device, *pointers, ctypes.c_float(factor), early=False)
     return chosen, shares
 
@@ -38,4 +39,4 @@ def _has(logits: Tensor, bias: Tensor | None, table: Tensor | None, tokens: Tens
         types = bias is not None and bias.dtype == torch.float32
     else:
         types = table.dtype == torch.int64 and tokens.dtype in (torch.int32, torch.int64)
-    return fits and types and compiles(logits.device)
+    return fits and types and compiles(logits.device, "router.cu")

@@ -102,7 +102,7 @@ def _has(made: Projected, memory: Memory, norms: Norms) -> bool:
         if projected is not None and tail is not None and weights is not None:
             fits = fits and _are(torch.float32, projected, tail, weights.ape) and _are(torch.bfloat16, weights.norm)
             fits = fits and _aligned(projected) and _tail(memory) == tail.shape[1] >= max(8, memory.ratio)
-    return fits and compiles(made.q.device)
+    return fits and compiles(made.q.device, "store.cu")
 
 
 def _are(dtype: torch.dtype, *tensors: Tensor) -> bool:

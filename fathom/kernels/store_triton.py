@@ -48,7 +48,7 @@ def remember(
     """`store.remember`, likewise."""
     first = max(first, last - max(memory.window.per, _tail(memory)))
     part = made.rows(first, last)
-    there = Tokens(tokens.slots[first:last], tokens.positions[first:last], tokens.turns[:, first:last].contiguous())
+    there = Tokens(tokens.slots[first:last], tokens.positions[first:last], tokens.turns[:, first:last])
     if _launched(part, there, memory, norms, False, True, end or 0) is NotImplemented:
         return NotImplemented
     return None

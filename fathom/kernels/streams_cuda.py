@@ -52,7 +52,7 @@ def folded(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, weight: Tensor, e
 def _has(x: Tensor, other: Tensor) -> bool:
     tokens, n, hidden = x.shape
     fits = n == _STREAMS and 0 < tokens <= _MOST and hidden % 128 == 0 and hidden <= _WIDEST
-    return fits and x.dtype == other.dtype == torch.bfloat16 and compiles(x.device)
+    return fits and x.dtype == other.dtype == torch.bfloat16 and compiles(x.device, "streams.cu")
 
 
 def _turn(x: Tensor, fn: Tensor, into: tuple[Tensor, Tensor, Tensor] | None, out: Tensor) -> Tensor:

@@ -37,6 +37,11 @@ class Step:
         plain, compressed = (self._frequencies(ratio) for ratio in (0, 4))
         return Tokens.at(self.batch.slots, self.batch.positions, plain, compressed)
 
+    def begin(self) -> None:
+        """Launch what kernels read as soon as they begin: a launch of torch's that follows begins when it has ended,
+        and is followed by theirs."""
+        _ = self.where
+
     def block_turns(self, ratio: int, begin: int, end: int) -> Tensor:
         """Rotations of the entries begin .. end - 1: a block stands at its first token's position."""
         key = (ratio, begin, end)

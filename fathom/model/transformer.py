@@ -95,6 +95,8 @@ class Transformer(HyperParameters):
         if cache:
             cache.admit(batch.tiles)
         step = Step(self.config, tokens, batch, self.numerics.dtype)
+        if cache and cache.layer(0).memory is not None:
+            step.begin()
         x_TnD = self._embedded(tokens).unsqueeze(1).expand(-1, self.config.hc_mult, -1)
         for i, (block, following) in enumerate(zip(self.layers, self._following(), strict=True)):
             x_TnD = block(x_TnD, step, cache.layer(i) if cache else NoState(), following)
@@ -108,6 +110,8 @@ class Transformer(HyperParameters):
         """The MTP block on streams [T, n, D] and the ids [T] of the tokens that follow each: its streams [R, n, D]."""
         block = self._draft_block()
         step = Step(self.config, following, batch, self.numerics.dtype)
+        if cache and cache.layer(0).memory is not None:
+            step.begin()
         state = cache.layer(self.config.num_hidden_layers) if cache else NoState()
         out = block(block.merge(x_TnD, self._embedded(following)), step, state)
         return out if batch.wanted is None else out[batch.wanted]

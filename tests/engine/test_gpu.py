@@ -16,7 +16,9 @@ from torch import Tensor
 from fathom.accounting import kv_bytes
 from fathom.api import FinishReason, SamplingParams
 from fathom.checkpoint.synthetic import synthetic_model
-from fathom.config import WEIGHTS, ModelConfig
+from fathom.cli.bench_device import complete_launches
+from fathom.cli.bench_fill import filled
+from fathom.config import FLASH, WEIGHTS, ModelConfig
 from fathom.engine.device_cache import DeviceCache
 from fathom.engine.graphs import Graphs, Steps
 from fathom.engine.llm import LLM
@@ -25,6 +27,7 @@ from fathom.engine.request import pages_for
 from fathom.engine.runner import DeviceRunner
 from fathom.model.batch import Batch, Span
 from fathom.model.layers import Numerics
+from fathom.model.transformer import Transformer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 CONFIG = replace(ModelConfig.load(WEIGHTS / "small"), max_position_embeddings=8192)
@@ -102,6 +105,34 @@ def test_bits_of_prompts_and_steps(model: torch.nn.Module) -> None:
             assert torch.equal(steps[n], more[n]), f"steps after {n} tokens, {together} at once"
             compared += 1 + STEPS
     print(f"\n{compared} rows, all bit-identical")
+
+
+@pytest.fixture(scope="module")
+def flash() -> torch.nn.Module:
+    """A layer of each kind at V4-Flash's sizes, as one rank of two."""
+    kinds = {"num_hidden_layers": 3, "num_hash_layers": 1, "num_nextn_predict_layers": 0, "dspark": None}
+    config = replace(FLASH, compress_ratios=(0, 4, 128), **kinds)  # type: ignore[arg-type]
+    return synthetic_model(config, Numerics(torch.bfloat16, quantize=True), "cuda", tp=2)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_launches_that_begin_early_change_no_bit(flash: Transformer, batch: int) -> None:
+    """Kernels read weights, and some of them more, before what stands before them has ended."""
+    pages = 33
+    cache = DeviceCache(flash.config, batch, batch * pages, pages * 128, "cuda")
+    for slot in range(batch):
+        cache.bind(slot, list(range(slot * pages, (slot + 1) * pages)))
+    filled(cache)
+    early, late = Graphs(flash, cache, (batch,)), Graphs(flash, cache, (batch,))
+    early.capture(batch)
+    with complete_launches():
+        late.capture(batch)
+    for last in (700, 4090, 4091, 4095):  # closes nothing, or a block of 4, or one of 128 as well
+        where = [7 * slot + 1 for slot in range(batch)], [last - slot for slot in range(batch)], list(range(batch))
+        want = late.run(*where).clone()
+        for _ in range(20):
+            assert torch.equal(early.run(*where), want), last
 
 
 def answers(llm: LLM, prompts: list[list[int]], at_once: bool) -> list[list[tuple[int, float]]]:

@@ -150,7 +150,7 @@ def _device(capability: tuple[int, int], compiles: bool = True) -> Iterator[None
             ("torch.Tensor.is_cuda", True),
             ("torch.version.cuda", torch.version.cuda or "13.0"),
             *((f"{name}.kernel", _source) for name in launchers),
-            *((f"{name}.compiles", lambda device: compiles) for name in launchers),
+            *((f"{name}.compiles", lambda device, file: compiles) for name in launchers),
         ):
             stack.enter_context(mock.patch(name, stand_in))
         stack.enter_context(mock.patch.object(dispatch, "on", lambda device: True))

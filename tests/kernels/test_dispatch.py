@@ -32,6 +32,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
     monkeypatch.setattr(dispatch, "on", lambda device: True)
     monkeypatch.setattr(dispatch, "import_module", lambda name: modules[name.rpartition(".")[2]])
     monkeypatch.setattr(dispatch, "_broken", set())
+    monkeypatch.setattr(cuda, "refused", set())
     monkeypatch.setattr(torch.cuda, "device", _on)
     return modules
 
@@ -49,6 +50,29 @@ def test_a_kernel_that_does_not_compile_leaves_its_namesake_alone(rooms: dict[st
     with FakeTensorMode():
         x = torch.empty(1, device="cuda:0")
         assert [step(x), prompt(x), step(x)] == ["reference", "kernel", "reference"]
+
+
+@torch.inference_mode()
+def test_where_cuda_s_kernel_is_refused_triton_s_is_asked(rooms: dict[str, SimpleNamespace]) -> None:
+    """An op may use several files: each is asked once."""
+    asked: list[str] = []
+
+    def twin(x: Tensor) -> str:
+        for file in ("one.cu", "two.cu"):
+            if file not in cuda.refused:
+                asked.append(file)
+                with cuda._refusing(file):
+                    raise KernelError("no")
+        return "Triton"
+
+    def op(x: Tensor) -> str:
+        return "reference"
+
+    rooms["room"] = SimpleNamespace(op=twin)
+    with FakeTensorMode():
+        x = torch.empty(1, device="cuda:0")
+        assert [dispatch.beside("room")(op)(x) for _ in range(2)] == ["Triton", "Triton"]
+    assert asked == ["one.cu", "two.cu"]
 
 
 @torch.inference_mode()
@@ -74,11 +98,11 @@ def test_without_nvrtc_there_are_triton_s_kernels(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(cuda, "_nvrtc", missing)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    cuda.compiles.cache_clear()
+    cuda._has_compiler.cache_clear()
     with FakeTensorMode():
         x, weight = (torch.empty(n, 256, dtype=torch.bfloat16, device="cuda:0") for n in (2, 16))
         assert linear_cuda.linears(x, (Part(weight),)) is NotImplemented
-    cuda.compiles.cache_clear()
+    cuda._has_compiler.cache_clear()
 
 
 @torch.inference_mode()
