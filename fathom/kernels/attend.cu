@@ -14,10 +14,7 @@
 // MOST    clusters of a token
 // FIT     blocks that are to fit into a multiprocessor: two have less registers than they want
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
+#include "common.cuh"
 
 constexpr int C = 512, ROPE = 64, FRONT = C - ROPE, THREADS = 512, HEADS = 16, ROWS = 32, CLUSTER = 8, LIMIT = 3;
 constexpr int BYTES = FRONT + 2 * ROPE, PIECES = BYTES / 16, EACH = (ROWS * PIECES + THREADS - 1) / THREADS;
@@ -40,14 +37,6 @@ struct Shared {
     float shrink[HEADS];
     unsigned long long full;  // the barrier that counts their bytes
 };
-
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ u32 pair_of(float a, float b) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-    return r;
-}
 
 __device__ __forceinline__ u32 scaled(u32 pair, u32 power) {
     u32 r;
@@ -212,8 +201,6 @@ __device__ __forceinline__ void gather(Shared& s, float (&acc)[OWN / 8][4]) {
     }
 }
 
-__device__ __forceinline__ void begin_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 // The barrier is there for all before anything is sent.
 __device__ __forceinline__ void open(Shared& s) {
     if (threadIdx.x == 0) {
@@ -223,12 +210,6 @@ __device__ __forceinline__ void open(Shared& s) {
     }
     __syncwarp();
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ u32 there(const void* mine, int block) {
-    u32 r;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address(mine)), "r"(block));
-    return r;
 }
 
 // A warp's columns belong to one block of the cluster, which gets those of all warps in one copy; a head's sums go to all.
@@ -242,13 +223,13 @@ __device__ __forceinline__ void send_all(Shared& s, const float (&acc)[OWN / 8][
     }
     if (lane < CLUSTER)
         asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
-                     :: "r"(there(&s.sums[rank][warp], lane)), "f"(top), "f"(total), "r"(there(&s.full, lane)) : "memory");
+                     :: "r"(address_in(lane, &s.sums[rank][warp])), "f"(top), "f"(total), "r"(address_in(lane, &s.full)) : "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
     if (threadIdx.x < CLUSTER)
         asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                     :: "r"(there(&s.parts[rank], threadIdx.x)), "r"(address(&s.results[threadIdx.x])), "n"(CHUNK),
-                     "r"(there(&s.full, threadIdx.x)) : "memory");
+                     :: "r"(address_in(threadIdx.x, &s.parts[rank])), "r"(address(&s.results[threadIdx.x])), "n"(CHUNK),
+                     "r"(address_in(threadIdx.x, &s.full)) : "memory");
 }
 
 __device__ __forceinline__ void receive(Shared& s) {
@@ -264,7 +245,7 @@ __device__ __forceinline__ void receive(Shared& s) {
 __device__ __forceinline__ u32 finished(const float2& v, float total, int column, const float2& way) {
     const u32 pair = pair_of(__fdividef(v.x, total), __fdividef(v.y, total));
     if (column < FRONT) return pair;
-    const float a = __uint_as_float(pair << 16), b = __uint_as_float(pair & 0xffff0000u);
+    const float a = low(pair), b = high(pair);
     return pair_of(a * way.x + b * way.y, b * way.x - a * way.y);
 }
 
@@ -275,7 +256,7 @@ struct Leave {
     float* scales;
 
     __device__ __forceinline__ void write(i64 head, int column, u32 pair) const {
-        const float a = __uint_as_float(pair << 16), b = __uint_as_float(pair & 0xffff0000u);
+        const float a = low(pair), b = high(pair);
         const u32 power = max(16u, __float_as_uint(most_of(fmaxf(fabsf(a), fabsf(b)))) >> 23);
         const float grow = __uint_as_float((268 - power) << 23);
         u32 half;
@@ -367,7 +348,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER) __launch_bounds__(THREADS, 
         rounds(WINDOWS, false);
         block = WINDOWS + cluster * CLUSTER + rank;
     }
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait();
     if (cluster >= seen.clusters) return;  // with all of the cluster
     if (CHOSEN) find(block, seen.last);
     load(block);
@@ -395,13 +376,13 @@ extern "C" __global__ void __launch_bounds__(C / 2) combine(
     const float* parts, const float* sums, const float* sink, const float* turn, const int* slots, const int* positions,
     Leave leave, int heads, int most
 ) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    begin_next();
     const int h = blockIdx.x, column = threadIdx.x * 2;
     const i64 t = blockIdx.y;
     const Seen seen(slots[t], positions[t], most);
     const float bar = sink[h];
     const float2 way = column < FRONT ? make_float2(1, 0) : *(const float2*)(turn + t * ROPE + column - FRONT);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait();
     if (seen.clusters == 1) return;
     float2 own[MOST], part[MOST], sum = make_float2(0, 0);
 #pragma unroll

@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fathom.kernels.cuda import compiles, kernel
+from fathom.kernels.cuda import compiles, kernel, pointer
 from fathom.kernels.decode import Memory, Tokens
 from fathom.kernels.quant_triton import note_halves
 
@@ -70,10 +70,10 @@ def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, c
     grid = _CLUSTER * clusters * -(-heads // _HEADS), count
     run = kernel("attend.cu", "attend", q.device, _SHARED, **sizes, FIT=1 if grid[0] * count <= _FEW else 2)
     more = ctypes.c_int(memory.table.shape[1]), ctypes.c_float(width**-0.5)
-    run(grid, _THREADS, q.device, *map(_pointer, tensors), leave, *map(_pointer, (parts, sums)), *numbers, *more)
+    run(grid, _THREADS, q.device, *map(pointer, tensors), leave, *map(pointer, (parts, sums)), *numbers, *more)
     if clusters > 1:
         run = kernel("attend.cu", "combine", q.device, **sizes, FIT=1)
-        pointers = map(_pointer, (parts, sums, sink, turn, *where))
+        pointers = map(pointer, (parts, sums, sink, turn, *where))
         run((heads, count), width // 2, q.device, *pointers, leave, *numbers, early=False)
     note_halves(out, halves, scales)
     return out
@@ -83,7 +83,3 @@ def _clusters(span: int, number: int) -> int:
     """Of the longest sequence."""
     blocks = -(-span // _ROWS) + -(-number // _ROWS)
     return max(1, min(_MOST, -(-blocks // (_CLUSTER * _LIMIT))))
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

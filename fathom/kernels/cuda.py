@@ -23,7 +23,7 @@ _log = logging.getLogger("fathom.kernels")
 DEPENDENT = True
 """Whether launches may begin before the kernel before them has ended."""
 _PROGRAMMATIC_STREAM_SERIALIZATION, _MOST_SHARED = 6, 8
-_DIGEST = 16
+_DIGEST, _HEADER = 16, "common.cuh"
 _NO_MEMORY, _DEVICE_FAULTS = 2, (214, *range(700, 721))
 """Errors of the driver that say nothing of a kernel: memory; ECC, and whatever a launch before this one has done."""
 
@@ -128,12 +128,17 @@ def _kernel(file: str, name: str, device: torch.device, shared: int, constants: 
     return Kernel(file, function, shared)
 
 
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """A tensor as a kernel takes it; null for none."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
 def compiled(source: str, options: Sequence[str]) -> bytes:
-    """Machine code of a source, kept in the user's cache for the next start. Raises KernelError."""
+    """Machine code of a source, which may include common.cuh, kept in the user's cache. Raises KernelError."""
     nvrtc, numbers = _nvrtc(), (ctypes.c_int(), ctypes.c_int())
     nvrtc.nvrtcVersion(*(ctypes.byref(number) for number in numbers))
     version = [number.value for number in numbers]
-    key = blake2b(repr((version, list(options), source)).encode(), digest_size=20).hexdigest()
+    key = blake2b(repr((version, list(options), source, _header())).encode(), digest_size=20).hexdigest()
     path = _folder() / f"{key}.cubin"
     code = _kept(path)
     if code is None:
@@ -145,7 +150,8 @@ def compiled(source: str, options: Sequence[str]) -> bytes:
 def _compiled(nvrtc: Any, source: str, options: Sequence[str]) -> bytes:
     """As the compiler makes it. Raises KernelError with its first lines."""
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
+    header, name = (ctypes.c_char_p * 1)(_header().encode()), (ctypes.c_char_p * 1)(_HEADER.encode())
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 1, header, name)
     flags = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), flags)
     kind = "ProgramLog" if failed else "CUBIN"
@@ -156,6 +162,11 @@ def _compiled(nvrtc: Any, source: str, options: Sequence[str]) -> bytes:
     if failed:
         raise KernelError("NVRTC: " + " ".join(text.value.decode(errors="replace").split("\n")[:3]))
     return text.raw
+
+
+@lru_cache(maxsize=1)
+def _header() -> str:
+    return Path(__file__).with_name(_HEADER).read_text()
 
 
 def _folder() -> Path:

@@ -15,22 +15,18 @@
 // READY   1: x was complete before the launch that chose the experts began
 // ONE     1: there is one token, so every expert has one pair
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "common.cuh"
 
 constexpr int THREADS = 128, CHUNKS = K / 128, PAIRS = 8, MOST = 512;
 constexpr int SLOT = 2048, SCALES = K / 32 + 16;  // bytes of a piece of 16 rows; of a row's scales, apart in all banks
 
 template <int BYTES>
 __device__ __forceinline__ void copy(void* to, const void* from) {
-    const u32 at = (u32)__cvta_generic_to_shared(to);
+    const u32 at = address(to);
     if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(at), "l"(from) : "memory");
     else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(at), "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 __device__ __forceinline__ float exponent(u32 byte) { return __uint_as_float(byte << 23); }
@@ -60,7 +56,7 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 c
 // The low word of what describes columns in shared memory: 16 bytes of 8 of them lie one after the other, the next 16 of
 // K 128 bytes further (the high word has the same distance).
 __device__ __forceinline__ u32 described(const u8* x) {
-    return ((u32)__cvta_generic_to_shared(x) >> 4 & 0x3fff) | (128 >> 4) << 16;
+    return (address(x) >> 4 & 0x3fff) | (128 >> 4) << 16;
 }
 
 // The pairs that chose the expert of pair `own`, in order; none if an earlier one did, whose block does the work.
@@ -108,9 +104,6 @@ __device__ __forceinline__ void given(u8* to, float* factors, const u8* x, const
         if (group % 4 == 0) factors[group / 4 * PAIRS + n] = scale;
     }
 }
-
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // 32 columns of a BF16 row.
 __device__ __forceinline__ void read(u32 (&v)[16], const u16* x) {
@@ -219,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     // Down begins at the earliest when gate and up have begun, so what they waited for, `chosen` too, is complete.
     if (UP) wait();
     // In this order: what runs beside gate and up (EARLY in linear.cu) reads what was complete when they began.
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    begin_next();
     const int own = blockIdx.y, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const int g = lane / 4, j = lane % 4;
     // A warp has 16 rows: gate rows stand beside their up rows, half of the matrix further.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fathom.kernels.cuda import compiles, kernel
+from fathom.kernels.cuda import compiles, kernel, pointer
 from fathom.kernels.experts import Down
 from fathom.kernels.experts_pairs_triton import Fp4Experts, combine
 from fathom.kernels.linear_cuda import gated_linear
@@ -24,7 +24,7 @@ MOST_PAIRS = 512
 """Pairs of a token and an expert that a block can look through."""
 _TOGETHER = 8
 """Pairs of an expert that are multiplied at once."""
-_ONE_TOKEN, _FEW_PAIRS = 12, 64
+_TWO_TOKENS, _FEW_PAIRS = 12, 64
 """Pairs up to which more blocks are better than longer ones."""
 
 
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 
 def shape(pairs: int, up: bool) -> Shape:
     """What measured best on an H200."""
-    if pairs <= _ONE_TOKEN:
+    if pairs <= _TWO_TOKENS:
         return Shape(1, 4)
     if pairs <= _FEW_PAIRS:
         return Shape(1, 3) if up else Shape(4, 4)
@@ -110,15 +110,10 @@ def _run(
     columns, pairs, each = x.shape[1], chosen.numel(), math.gcd(tiles, form.tiles)
     shared = _TOGETHER * columns + each * 64 * (columns // 32 + 16) + 4 * form.stages * 2048
     tokens, top = chosen.shape
-    sizes = {
-        "K": columns,
-        "TILES": each,
-        "STAGES": form.stages,
-        "UP": int(up),
-        "READY": int(ready and len(chosen) == 1),
-    }
-    run = kernel("experts.cu", "experts", x.device, shared, **sizes, TOP=top, ONE=int(tokens == 1))
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "UP": int(up), "TOP": top}
+    alone = {"ONE": int(tokens == 1), "READY": int(ready and tokens == 1)}
+    run = kernel("experts.cu", "experts", x.device, shared, **sizes, **alone)
+    pointers = map(pointer, tensors)
     numbers = ctypes.c_int(pairs), ctypes.c_int(rows), ctypes.c_float(limit)
     # Down of one token is all waiting for x: begun early it would only be in the way.
     run((tiles // each, pairs), 128, x.device, *pointers, *numbers, early=up or tokens > 1)

@@ -8,10 +8,7 @@
 // EACH     scores of a thread, at most: up to 4 in each of its pieces
 // CLUSTER  blocks of a token
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "common.cuh"
 
 constexpr int WARPS = 32, THREADS = 32 * WARPS, SIDE = EACH < 4 ? EACH : 4, TILES = EACH / SIDE, PIECES = TILES * WARPS;
 constexpr int PIECE = 32 * SIDE;               // scores of a warp side by side, SIDE of a thread
@@ -39,18 +36,6 @@ struct Shared {
     uint2 tiles[TILES];
     u64 full[EXCHANGES];  // barriers
 };
-
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ u32 address_in(int block, const void* mine) {
-    u32 r;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address(mine)), "r"(block));
-    return r;
-}
-
-__device__ __forceinline__ void begin_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-__device__ __forceinline__ void complete() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // By one thread: an exchange that brings so many bytes.
 __device__ __forceinline__ void expect(u64& full, int bytes) {
@@ -211,7 +196,7 @@ extern "C" __global__ void TOGETHER __launch_bounds__(THREADS, EACH > 8 ? 1 : 2)
             expect(s.full[n], CLUSTER * 16 * (n == 0 ? 1 : n <= ROUNDS ? BINS / 4 : LINES));
         meet();
     }
-    complete();
+    wait();
     if (seen <= k) {  // with all of the cluster
         for (int i = rank * THREADS + threadIdx.x; i < k; i += CLUSTER * THREADS) out[t * k + i] = i < seen ? row(i) : -1;
         return;

@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fathom.kernels.cuda import compiles, kernel
+from fathom.kernels.cuda import compiles, kernel, pointer
 from fathom.kernels.decode import Tokens
 
 _THREADS, _ALONE, _CLUSTER, _EACH = 1024, 8, 8, 32
@@ -32,7 +32,7 @@ def choose(scores: Tensor, tokens: Tokens, table: Tensor, per: int, k: int) -> T
     count, number = scores.shape
     out = torch.empty((count, k), dtype=torch.int32, device=scores.device)
     cluster, each = _shares(number)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (scores, out, tokens.slots, tokens.positions, table)]
+    pointers = map(pointer, (scores, out, tokens.slots, tokens.positions, table))
     numbers = [ctypes.c_int(n) for n in (table.shape[1], number, k, per)]
     run = kernel("index.cu", "choose", scores.device, EACH=each, CLUSTER=cluster)
     run((cluster, count), _THREADS, scores.device, *pointers, *numbers)

@@ -17,9 +17,7 @@
 // KINDS   of the parts, a bit for each that occurs
 // ONE     1: x has one row
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
+#include "common.cuh"
 
 struct Part {
     const u8* w;      // e4m3 or BF16 [rows, K]
@@ -49,10 +47,7 @@ __device__ __forceinline__ uint4 fetch(const u8* p) {
     return v;
 }
 
-__device__ __forceinline__ void wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ float exponent(u8 byte) { return __uint_as_float((u32)byte << 23); }
-__device__ __forceinline__ float low_of(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 __device__ __forceinline__ u16 to_bf16(float v) {
     u16 r;
@@ -199,7 +194,7 @@ __device__ __forceinline__ void load16(float (&v)[16], const u16* x) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const u32 pair = i < 4 ? word(a, i) : word(b, i - 4);
-        v[2 * i] = low_of(pair), v[2 * i + 1] = high_of(pair);
+        v[2 * i] = low(pair), v[2 * i + 1] = high(pair);
     }
 }
 
@@ -255,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, FIT) few(
 ) {
     extern __shared__ __align__(16) u8 own[];
     __shared__ float sums[WARPS][16][TOKENS + 1];
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    begin_next();
     int of = 0;
 #pragma unroll
     for (int i = 1; i < PARTS; i++) of += blockIdx.x >= parts.of[i].first;
@@ -328,7 +323,7 @@ __device__ __forceinline__ float inverse_rms(const u16* row, float eps) {
 extern "C" __global__ void __launch_bounds__(32) rounded(
     const u16* x, const u16* norm, u8* codes, float* scales, float eps
 ) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    begin_next();
     const u16* row = x + (long long)blockIdx.y * K;
     const int c = blockIdx.x * 512 + threadIdx.x * 16;
     const bool inside = K % 512 == 0 || c < K;

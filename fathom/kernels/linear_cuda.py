@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fathom.kernels.cuda import compiles, kernel
+from fathom.kernels.cuda import compiles, kernel, pointer
 from fathom.kernels.linear import Part
 from fathom.kernels.norm import rms_norm
 from fathom.kernels.quant_triton import known
@@ -86,7 +86,7 @@ def _run(
     sizes |= {"PARTS": len(parts), "FORM": form, "EARLY": int(early), "ONE": int(len(x) == 1), "KINDS": present}
     run = kernel("linear.cu", "few", x.device, room, **sizes)
     run(
-        (blocks, -(-len(x) // tokens)), 32 * sizes["WARPS"], x.device, described, *map(_pointer, (x, *codes)),
+        (blocks, -(-len(x) // tokens)), 32 * sizes["WARPS"], x.device, described, *map(pointer, (x, *codes)),
         ctypes.c_float(limit or 0.0), *(ctypes.c_int(n) for n in (*x.shape, per_group)),
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def _rounded(x: Tensor, norm: Tensor | None = None, eps: float = 0.0) -> tuple[T
         (-(-k // 512), rows),
         32,
         x.device,
-        *map(_pointer, (x, own, values, scales)),
+        *map(pointer, (x, own, values, scales)),
         ctypes.c_float(eps),
         early=own is norm,
     )
@@ -137,14 +137,10 @@ def _described(parts: Sequence[Part], kinds: Sequence[int | None], out: Sequence
     described, first = (_Part * len(parts))(), 0
     for i, (part, kind, y) in enumerate(zip(parts, kinds, out, strict=True)):
         assert isinstance(part.weight, Tensor)
-        pointers = [_pointer(tensor) for tensor in (part.weight, part.scale, y)]
+        pointers = [pointer(tensor) for tensor in (part.weight, part.scale, y)]
         described[i] = _Part(*pointers, y.shape[1], kind, y.dtype == torch.float32, first)
         first += y.shape[1] // 16
     return described, first
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def shape(columns: int, rows: int) -> tuple[int, int, int, int]:

@@ -6,7 +6,7 @@
 // BY_HASH  1: the experts stand in a table
 // WIDE     1: token ids have 64 bits
 
-typedef unsigned int u32;
+#include "common.cuh"
 
 constexpr int EACH = (E + 31) / 32, THREADS = EACH * 32;
 
@@ -23,9 +23,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
     __shared__ float scores[THREADS];
     __shared__ u32 orders[THREADS];
     const int t = blockIdx.x, own_id = threadIdx.x, lane = own_id % 32;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    begin_next();
     const float move = !BY_HASH && own_id < E ? bias[own_id] : 0.0f;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait();
     const float x = own_id < E ? logits[(long long)t * E + own_id] : 0.0f;
     const float score = __fsqrt_rn(log1pf(expf(-fabsf(x))) + fmaxf(x, 0.0f));
     scores[own_id] = score;

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fathom.kernels import router_triton
-from fathom.kernels.cuda import compiles, kernel
+from fathom.kernels.cuda import compiles, kernel, pointer
 
 _MOST_EXPERTS, _MOST_CHOSEN = 1024, 32
 
@@ -24,9 +24,7 @@ def route(logits: Tensor, bias: Tensor | None, table: Tensor | None, tokens: Ten
     shares = torch.empty((rows, k), dtype=torch.float32, device=logits.device)
     constants = {"E": experts, "TOP": k, "BY_HASH": int(table is not None), "WIDE": int(tokens.dtype == torch.int64)}
     run = kernel("router.cu", "route", logits.device, **constants)
-    pointers = [
-        ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (logits, bias, table, tokens, chosen, shares)
-    ]
+    pointers = map(pointer, (logits, bias, table, tokens, chosen, shares))
     # An ordinary launch: the experts' kernels rely on all before it having ended when they begin.
     run((rows, 1), -(-experts // 32) * 32, logits.device, *pointers, ctypes.c_float(factor), early=False)
     return chosen, shares

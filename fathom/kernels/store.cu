@@ -13,10 +13,7 @@
 // PACKED   1: index keys as FP4, two values a byte
 // CLUSTER  blocks that share the columns of an entry
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
+#include "common.cuh"
 
 constexpr int WARPS = 8, THREADS = WARPS * 32, ROPE = 64, FRONT = C - ROPE;
 constexpr int CHUNKS = (C + 255) / 256;                 // of a row: a lane has 8 neighbouring columns of each
@@ -57,16 +54,8 @@ struct Shared {
     __align__(16) u16 norm[C > D ? C : D];
 };
 
-__device__ __forceinline__ void begin_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void arrive() { asm volatile("barrier.cluster.arrive;" ::: "memory"); }
 __device__ __forceinline__ void meet() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
-
-__device__ __forceinline__ u32 pair_of(float a, float b) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-    return r;
-}
 
 __device__ __forceinline__ u32 e4m3_pair(float a, float b) {
     u16 r;
@@ -79,13 +68,8 @@ __device__ __forceinline__ void into_cache(const void* from) { asm volatile("pre
 
 // Into shared memory of the cluster's first block.
 __device__ __forceinline__ void put_first(float2* mine, float2 v) {
-    u32 there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(0));
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1,%2};" ::"r"(there), "f"(v.x), "f"(v.y) : "memory");
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1,%2};" ::"r"(address_in(0, mine)), "f"(v.x), "f"(v.y) : "memory");
 }
-
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // Over groups of `lanes` neighbouring lanes.
 __device__ __forceinline__ float sum_of(float v, int lanes) {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fathom.kernels import store_triton
-from fathom.kernels.cuda import compiles, kernel
+from fathom.kernels.cuda import compiles, kernel, pointer
 from fathom.kernels.decode import Memory, Tokens
 from fathom.kernels.store import Norms, Pooling, Projected
 from fathom.kernels.stored import Keys, Rows
@@ -58,7 +58,7 @@ def prepare(made: Projected, tokens: Tokens, memory: Memory, norms: Norms) -> An
     numbers = map(ctypes.c_int, (heads, index_heads, memory.table.shape[1]))
     more = ctypes.c_longlong(made.kv.stride(0)), *numbers, ctypes.c_float(norms.eps)
     grid = _blocks(memory.ratio, heads, width, index_heads, dim, cluster), count
-    run(grid, _WARPS * 32, q.device, *(ctypes.c_void_p(_address(t)) for t in tensors), entries, keys, *more)
+    run(grid, _WARPS * 32, q.device, *map(pointer, tensors), entries, keys, *more)
     return out, index_out
 
 
@@ -85,7 +85,7 @@ def _compressor(
     if projected is None or tail is None or weights is None or store is None:
         return _Compressor()
     tensors = (projected, tail, weights.ape, weights.norm, *store.planes)
-    return _Compressor(*map(_address, tensors), projected.stride(0))
+    return _Compressor(*map(pointer, tensors), projected.stride(0))
 
 
 def _has(made: Projected, memory: Memory, norms: Norms) -> bool:
@@ -118,7 +118,3 @@ def _aligned(rows: Tensor) -> bool:
 def _tail(memory: Memory) -> int:
     """Rows of a slot's tails."""
     return 1 if memory.tail is None else memory.tail.shape[1]
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -9,21 +9,10 @@
 // ROUNDS  of Sinkhorn; 0 before the head
 // TOKENS  of a block of `turn`
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
+#include "common.cuh"
 
 constexpr int N = 4, SLICE = 64, SLICES = D / SLICE, COLUMNS = 32, WARPS = 4;
 constexpr int THREADS = (D / 8 + 31) / 32 * 32;
-
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-
-__device__ __forceinline__ u32 pair_of(float a, float b) {
-    u32 r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-    return r;
-}
 
 __device__ __forceinline__ float across(float v) {
     for (int d = 16; d; d >>= 1) v += __shfl_xor_sync(~0u, v, d);
@@ -91,13 +80,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) turn(
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slice = blockIdx.x, column = slice * SLICE + 2 * lane;
     const long long t0 = blockIdx.y * TOKENS;
     const int count = total - (int)t0;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    begin_next();
     float2 f[EACH][N];
 #pragma unroll
     for (int r = 0; r < EACH; r++)
 #pragma unroll
         for (int i = 0; i < N; i++) f[r][i] = *(const float2*)(fn + (long long)(warp * EACH + r) * N * D + i * D + column);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait();
     u32 streams[TOKENS][N], add[TOKENS];
     Shares shares[TOKENS];
 #pragma unroll
@@ -172,13 +161,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = threadIdx.x * 8;
     const long long t = blockIdx.y;
     const bool folds = blockIdx.x == 0, inside = column < D;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    begin_next();
     uint4 streams[N], norm = make_uint4(0, 0, 0, 0);
     if (folds && inside) norm = *(const uint4*)(weight + column);
     // A lane has a mixing weight: pre, post, comb; the sum of squares stands behind the last.
     const float own_scale = lane < ROWS ? scale[lane < N ? 0 : lane < 2 * N ? 1 : 2] : 0.0f;
     const float own_base = lane < ROWS ? base[lane] : 0.0f;
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait();
 #pragma unroll
     for (int i = 0; i < N; i++) {
         streams[i] = make_uint4(0, 0, 0, 0);

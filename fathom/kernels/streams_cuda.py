@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fathom.kernels import quant_triton, streams_triton
-from fathom.kernels.cuda import compiles, kernel
+from fathom.kernels.cuda import compiles, kernel, pointer
 
 _SLICE, _COLUMNS, _STREAMS, _WIDEST, _MOST = 64, 32, 4, 8192, 64
 _projected: Any = WeakIdKeyDictionary()
@@ -63,7 +63,7 @@ def _turn(x: Tensor, fn: Tensor, into: tuple[Tensor, Tensor, Tensor] | None, out
     run = kernel("streams.cu", "turn", x.device, D=hidden, ROWS=len(fn), ROUNDS=1, TOKENS=together)
     y, post, comb = into or (None, None, None)
     grid, tensors = (hidden // _SLICE, -(-tokens // together)), (y, x, post, comb, out, fn, sums)
-    run(grid, 128, x.device, *map(_pointer, tensors), ctypes.c_int(tokens))
+    run(grid, 128, x.device, *map(pointer, tensors), ctypes.c_int(tokens))
     return sums
 
 
@@ -87,10 +87,6 @@ def _finished(
     tensors = (x, sums, scale, base, weight, out, values, scales, post, comb)
     numbers = ctypes.c_float(eps), ctypes.c_float(hc_eps)
     threads = -(-hidden // 256) * 32
-    run((2 if rounds else 1, tokens), threads, x.device, *map(_pointer, tensors), *numbers)
+    run((2 if rounds else 1, tokens), threads, x.device, *map(pointer, tensors), *numbers)
     quant_triton.note(out, values, scales)
     return out
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
