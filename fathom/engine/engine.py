@@ -119,6 +119,8 @@ class Core:
         try:
             logits = self._runner.run([Work.of(piece) for piece in plan.pieces])
             choices = choose(logits, [self._samplers[s] for s in sampling]) if sampling else []
+            if self._team:
+                self._team.check()  # what was waited for may have come from nobody
         except Exception as error:
             self._fail(plan, error)
             return True

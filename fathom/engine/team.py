@@ -71,11 +71,15 @@ class Team:
         self._bound: dict[int, list[int]] = {}
         self._others: list[subprocess.Popen[bytes]] = []
         self._heard: list[Queue[Any]] = [Queue() for _ in range(part.tp - 1)]
+        self._ears: list[threading.Thread] = []
         self._joined: Ranks | None = None
         try:
             for rank in range(1, part.tp):
                 self._others.append(_start(replace(self.part, rank=rank)))
-                threading.Thread(target=self._listen, args=(rank,), name=f"fathom-rank-{rank}", daemon=True).start()
+                self._ears.append(
+                    threading.Thread(target=self._listen, args=(rank,), name=f"fathom-rank-{rank}", daemon=True)
+                )
+                self._ears[-1].start()
             self._answers()  # they are there
             self._joined = self.part.join(store)
         except BaseException:
@@ -134,6 +138,8 @@ class Team:
             for process in self._others:
                 process.kill()
             threading.Thread(target=self.on_loss, args=(self.lost,), daemon=True).start()
+            if self._joined:
+                self._joined.give_up()
         return FathomError(self.lost)
 
     def news(self, work: Work) -> tuple[Any, ...]:
@@ -150,8 +156,9 @@ class Team:
             with suppress(OSError):
                 assert process.stdin
                 process.stdin.close()
-        for process in self._others:
+        for process, ear in zip(self._others, self._ears, strict=False):
             _ended(process)
+            ear.join(_PATIENCE)  # it may be giving the exchanges up
         if self._joined and self._joined.device.type == "cpu":
             self._joined.leave()
         self._joined = None

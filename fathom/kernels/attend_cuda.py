@@ -74,7 +74,7 @@ def attend(q: Tensor, sink: Tensor, tokens: Tokens, memory: Memory, most: int, c
     if clusters > 1:
         run = kernel("attend.cu", "combine", q.device, **sizes, FIT=1)
         pointers = map(pointer, (parts, sums, sink, turn, *where))
-        run((heads, count), width // 2, q.device, *pointers, leave, *numbers, early=False)
+        run((heads, count), width // 2, q.device, *pointers, leave, *numbers)
     note_halves(out, halves, scales)
     return out
 

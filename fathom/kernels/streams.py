@@ -16,6 +16,7 @@ from fathom.kernels.linear import linear
 from fathom.kernels.norm import normalised, rms_norm
 from fathom.kernels.packed import PackedSum
 from fathom.kernels.sinkhorn import mixing
+from fathom.kernels.sums import Unsummed, whole
 
 
 @beside("streams_cuda")
@@ -38,12 +39,14 @@ def before(
 
 
 @beside("streams_cuda")
-def after(y: Tensor, x: Tensor, post: Tensor, comb: Tensor, following: Tensor | PackedSum | None = None) -> Tensor:
+def after(
+    y: Tensor | Unsummed, x: Tensor, post: Tensor, comb: Tensor, following: Tensor | PackedSum | None = None
+) -> Tensor:
     """The streams after the sublayer's output y [T, D]: each takes its part of y and of all streams x [T, n, D].
 
     following: the mixing weights that the result will be projected with, which a kernel may do at once.
     """
-    return spread(y.float(), x.float(), post, comb).to(x.dtype)
+    return spread(whole(y).float(), x.float(), post, comb).to(x.dtype)
 
 
 @beside("streams_cuda")

@@ -8,6 +8,7 @@ not depend on the others. Other shapes go to `streams_triton`.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fathom.kernels import quant_triton, streams_triton
 from fathom.kernels.cuda import compiles, kernel, pointer
+from fathom.kernels.mailbox import NO_BOX, resident
+from fathom.kernels.sums import Unsummed, whole
 
 _SLICE, _COLUMNS, _STREAMS, _WIDEST, _MOST = 64, 32, 4, 8192, 64
 _projected: Any = WeakIdKeyDictionary()
@@ -33,12 +36,15 @@ def before(
     return _finished(x, fn, scale, base, weight, eps, hc_eps, rounds, post, comb), post, comb
 
 
-def after(y: Tensor, x: Tensor, post: Tensor, comb: Tensor, following: Tensor | None = None) -> Any:
-    """`streams.after`, likewise."""
-    if following is None or y.dtype != x.dtype or not _has(x, y):
-        return streams_triton.after(y, x, post, comb)
+def after(y: Tensor | Unsummed, x: Tensor, post: Tensor, comb: Tensor, following: Tensor | None = None) -> Any:
+    """`streams.after`, likewise. What is left of a few tokens' y is done on the way."""
+    y = y if isinstance(y, Unsummed) else Unsummed(y)
+    if following is None or y.last.dtype != x.dtype or not _has(x, y.last):
+        return streams_triton.after(whole(y), x, post, comb)
+    if y.box and math.prod(_grid(*y.last.shape)) > resident(x.device):
+        y = Unsummed(whole(y))
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    _projected[out] = following, _turn(x, following, (y.contiguous(), post, comb), out)
+    _projected[out] = following, _turn(x, following, (y, post, comb), out)
     return out
 
 
@@ -55,16 +61,25 @@ def _has(x: Tensor, other: Tensor) -> bool:
     return fits and x.dtype == other.dtype == torch.bfloat16 and compiles(x.device, "streams.cu")
 
 
-def _turn(x: Tensor, fn: Tensor, into: tuple[Tensor, Tensor, Tensor] | None, out: Tensor) -> Tensor:
+def _turn(x: Tensor, fn: Tensor, into: tuple[Unsummed, Tensor, Tensor] | None, out: Tensor) -> Tensor:
     """The sums of fn's rows over slices of the new streams, and of squares: float32 [T, slices, 32]."""
     tokens, _, hidden = x.shape
     sums = torch.empty((tokens, hidden // _SLICE, _COLUMNS), dtype=torch.float32, device=x.device)
-    together = _together(tokens)
-    run = kernel("streams.cu", "turn", x.device, D=hidden, ROWS=len(fn), ROUNDS=1, TOKENS=together)
     y, post, comb = into or (None, None, None)
-    grid, tensors = (hidden // _SLICE, -(-tokens // together)), (y, x, post, comb, out, fn, sums)
-    run(grid, 128, x.device, *map(pointer, tensors), ctypes.c_int(tokens))
+    last, pairs, box = y or (None, None, None)
+    constants = {"D": hidden, "ROWS": len(fn), "ROUNDS": 1, "TOKENS": _together(tokens)}
+    constants |= {"TOP": 0 if pairs is None else len(pairs) // tokens, "RANKS": box.ranks if box else 1}
+    run = kernel("streams.cu", "turn", x.device, **constants)
+    last = last if last is None else last.contiguous()
+    tensors = (pairs, last, x, post, comb, out, fn, sums)
+    argument = box.argument if box else NO_BOX
+    run(_grid(tokens, hidden), 128, x.device, *map(pointer, tensors), argument, ctypes.c_int(tokens))
     return sums
+
+
+def _grid(tokens: int, hidden: int) -> tuple[int, int]:
+    """Of `turn`: a block has a slice of some tokens."""
+    return hidden // _SLICE, -(-tokens // _together(tokens))
 
 
 def _together(tokens: int) -> int:
@@ -83,7 +98,7 @@ def _finished(
     out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
     values = torch.empty((tokens, hidden), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((tokens, hidden // 128), dtype=torch.float32, device=x.device)
-    run = kernel("streams.cu", "finish", x.device, D=hidden, ROWS=len(fn), ROUNDS=rounds, TOKENS=1)
+    run = kernel("streams.cu", "finish", x.device, D=hidden, ROWS=len(fn), ROUNDS=rounds, TOKENS=1, TOP=0, RANKS=1)
     tensors = (x, sums, scale, base, weight, out, values, scales, post, comb)
     numbers = ctypes.c_float(eps), ctypes.c_float(hc_eps)
     threads = -(-hidden // 256) * 32

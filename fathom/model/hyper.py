@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fathom.config import ModelConfig
 from fathom.kernels import streams
 from fathom.kernels.packed import PackedSum, pack_sum
+from fathom.kernels.sums import Unsummed
 from fathom.model.layers import Packable, RMSNorm
 
 
@@ -23,7 +24,7 @@ def hc_pre(
 
 
 def hc_post(
-    y_TD: Tensor, x_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor, following: Tensor | PackedSum | None
+    y_TD: Tensor | Unsummed, x_TnD: Tensor, post_Tn: Tensor, comb_Tnn: Tensor, following: Tensor | PackedSum | None
 ) -> Tensor:
     """The streams after the sublayer's output y: each takes its part of y and of all streams.
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fathom.config import ModelConfig
 from fathom.errors import ConfigError
 from fathom.kernels.quant import WEIGHT_BLOCK
+from fathom.kernels.sums import Unsummed
 from fathom.model.layers import Linear, Numerics
 from fathom.model.transformer import Transformer
 
@@ -114,8 +115,9 @@ class Ranks(Protocol):
     rank: int
     count: int
 
-    def sum(self, part: Tensor) -> Tensor:
-        """The sum of all ranks' parts, the same bits on every rank and for every row whatever the others are."""
+    def part(self, part: Tensor | Unsummed) -> Tensor | Unsummed:
+        """The sum of all ranks' parts, which may be left to its reader: the same bits on every rank, and for every row
+        whatever the others are."""
 
     def gathered(self, part: Tensor, axis: int = -1) -> Tensor:
         """All ranks' parts end to end along an axis."""
@@ -123,14 +125,14 @@ class Ranks(Protocol):
 
 def meet(model: Transformer, ranks: Ranks) -> None:
     """Have a rank's model compute what the whole would, and of the logits its part: sums, and shared index choices."""
-    summed(model, ranks.sum)
+    summed(model, ranks.part)
     model.share_index(ranks.rank, ranks.count, partial(ranks.gathered, axis=0))
 
 
-def summed(model: Transformer, reduce: Callable[[Tensor], Tensor]) -> list[torch.utils.hooks.RemovableHandle]:
+def summed(model: Transformer, reduce: Callable[[Any], Tensor | Unsummed]) -> list[torch.utils.hooks.RemovableHandle]:
     """Have `reduce` sum over the ranks what every attention and every feed-forward half returns."""
 
-    def hook(module: nn.Module, given: object, out: Tensor) -> Tensor:
+    def hook(module: nn.Module, given: object, out: Tensor | Unsummed) -> Tensor | Unsummed:
         return reduce(out)
 
     blocks = [*model.layers, *model.mtp]

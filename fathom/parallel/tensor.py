@@ -1,9 +1,9 @@
 """One process a GPU: the sums over ranks that the plan leaves open, as torchrun's processes make them.
 
-Small sums go through symmetric memory: every rank reads the others' parts itself, in one launch, which a CUDA graph can
-hold. Large ones, and those on a CPU, go through the process group, whose work no graph holds: it could not end then.
-Either way a sum does not depend on what else is summed with it: of two parts there is only one, and more are added in
-the order of the ranks.
+Small sums go through symmetric memory, within kernels that a CUDA graph can hold: from Hopper on ours, where the kernel
+that reads a sum makes it (`kernels.mailbox`), else torch's. Large ones, and those on a CPU, go through the process
+group, whose work no graph holds: it could not end then. Either way a sum does not depend on what else is summed with
+it: of two parts there is only one, and more are added in the order of the ranks.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fathom.errors import ConfigError
+from fathom.kernels import mailbox
+from fathom.kernels.mailbox import Mailbox
+from fathom.kernels.sums import Unsummed, whole
 
 _HOST = "127.0.0.1"
 SMALL = 1 << 19
-"""Bytes of a sum that takes one launch: a decode step's is below, of every published model, and a prompt's above."""
+"""Bytes of a sum by torch's launch: a decode step's is below, of every published model, and a prompt's above."""
 
 
 def meeting_place(count: int, port: int = 0) -> Any:
@@ -48,6 +51,8 @@ class Ranks:
         local = rank
         if store is None:
             rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        else:  # whoever brings the store sees to it that nobody waits for who is gone: NCCL would abort the process
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         self.rank, self.count = rank, count
         self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
@@ -55,10 +60,21 @@ class Ranks:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=count)
         assert dist.group.WORLD is not None
         self._group = dist.group.WORLD.group_name
-        self._shared = self._meet() if kind == "cuda" else None
+        self._box = self._shared = None
+        if kind == "cuda" and mailbox.works(self.device, count):
+            self._box = self._posted()
+        elif kind == "cuda":
+            self._shared, _ = self._meet(SMALL // 2, torch.bfloat16)
+
+    def part(self, part: Tensor | Unsummed) -> Tensor | Unsummed:
+        """The sum of all ranks' parts, which may be left to its reader; the part may be overwritten."""
+        own = part if isinstance(part, Unsummed) else Unsummed(part)
+        return own._replace(box=self._box) if self._box and self._box.takes(own.last) else self.sum(whole(part))
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts; the part may be overwritten."""
+        if self._box and self._box.takes(part):
+            return self._box.sum(part)
         if self._shared is not None and part.nbytes <= SMALL and part.dtype == torch.bfloat16:
             room = self._shared[: part.numel()].view(part.shape)
             return torch.ops.symm_mem.one_shot_all_reduce_copy(room, part.contiguous(), "sum", self._group)
@@ -78,13 +94,28 @@ class Ranks:
             dist.all_gather(parts, part)
         return parts
 
-    def _meet(self) -> Tensor:
-        """Memory that all ranks of a host see."""
+    def _posted(self) -> Mailbox:
+        words, seen = self._meet(mailbox.words(self.count), torch.int64)
+        words.zero_()
+        torch.cuda.synchronize(self.device)
+        dist.barrier(device_ids=[self.device.index])  # before that nobody may write
+        places = [seen.get_buffer(rank, words.shape, words.dtype).data_ptr() for rank in range(self.count)]
+        return Mailbox(self.rank, places, words)
+
+    def _meet(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Any]:
+        """Memory that all ranks of a host see, and how."""
         import torch.distributed._symmetric_memory as symmetric
 
-        shared = symmetric.empty(SMALL // 2, dtype=torch.bfloat16, device=self.device)
-        symmetric.rendezvous(shared, self._group)
-        return shared
+        shared = symmetric.empty(count, dtype=dtype, device=self.device)
+        return shared, symmetric.rendezvous(shared, self._group)
+
+    def give_up(self) -> None:
+        """Exchanges that wait for a rank which is gone end, with no result. Any thread."""
+        if self._box:
+            self._box.give_up()
+        if self.device.type == "cuda":
+            assert dist.group.WORLD is not None
+            dist.group.WORLD.abort()
 
     def leave(self) -> None:
         """Part from the group."""

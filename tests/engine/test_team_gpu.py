@@ -6,8 +6,11 @@ A process is a rank of one model only, on a GPU for good: each of these is compu
 from __future__ import annotations
 
 import pickle
+import random
+import statistics
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from fathom.api import FinishReason
+from fathom.api import FinishReason, SamplingParams
 from fathom.checkpoint.random import write_random
 from fathom.engine.graphs import Graphs
 from fathom.engine.llm import LLM
@@ -35,7 +38,7 @@ def apart(tmp_path: Path, name: str, *given: Any) -> Any:
     """What a function of this file gives, in a process of its own."""
     path = tmp_path / "answer"
     command = [sys.executable, "-c", RUN, str(path)]
-    subprocess.run(command, input=pickle.dumps((name, *given)), cwd=ROOT, check=True, timeout=240)
+    subprocess.run(command, input=pickle.dumps((name, *given)), cwd=ROOT, check=True, timeout=150)
     with path.open("rb") as file:
         return pickle.load(file)
 
@@ -50,6 +53,24 @@ def answers(folder: Path, tp: int, asked: list[list[int]], together: bool, memor
     return found, restored
 
 
+def firsts(folder: Path, tp: int, asked: list[list[int]], device: str = "cuda") -> list[dict[int, float]]:
+    """Each prompt's most probable next tokens."""
+    llm = LLM.load(folder, device=device if device == "cpu" or tp > 1 else "cuda:0", tp=tp, max_context=4096)
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=20)
+    events = [event for ids in asked for event in llm.generate(ids, params) if event.logprob]
+    llm.close()
+    return [dict(event.logprob.top) for event in events if event.logprob]
+
+
+def distance(found: list[dict[int, float]], truth: list[dict[int, float]]) -> float:
+    """The median over prompts of how far log-probabilities are on average; who is not listed has the lowest listed."""
+    gaps = [
+        statistics.mean(abs(got.get(token, min(got.values())) - value) for token, value in want.items())
+        for got, want in zip(found, truth, strict=True)
+    ]
+    return statistics.median(gaps)
+
+
 def lost(folder: Path) -> tuple[bool, FinishReason | None, str, list[str]]:
     """Whether steps are graphs; how a stream ends when the other rank is killed; what is said of it."""
     pair = LLM.load(folder, device="cuda", tp=2, max_context=4096)
@@ -59,7 +80,11 @@ def lost(folder: Path) -> tuple[bool, FinishReason | None, str, list[str]]:
     stream = pair.generate(prompts(4, (200,))[0], replace(PARAMS, max_tokens=3000))
     next(stream)
     pair.team._others[0].kill()
+    begin = time.monotonic()
     *_, end = stream
+    print(f"ended {time.monotonic() - begin:.2f} s after the other rank was killed", flush=True)
+    pair.close()
+    print(f"closed {time.monotonic() - begin:.2f} s after", flush=True)
     return graphs, end.finish, end.error or "", reasons
 
 
@@ -71,13 +96,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_two_gpus_give_the_answers_of_one(folder: Path, tmp_path: Path) -> None:
-    """Up to what a last bit of a sum may become, where it is rounded to e4m3 afterwards."""
-    asked = prompts(1, (1, 40, 300, 700))
-    want, got = (apart(tmp_path, "answers", folder, tp, asked, False, Memory())[0] for tp in (1, 2))
-    for (here, *_), (there, *_) in zip(want, got, strict=True):
-        first, second = here[2][:2]
-        assert abs(here[1] - there[1]) < 0.1 if here[0] == there[0] else first - second < 0.2
+def test_two_gpus_are_no_farther_from_the_truth_than_one(folder: Path, tmp_path: Path) -> None:
+    """The truth is a CPU's in float32. A last bit of a sum changes what is rounded to e4m3 afterwards, and a random
+    model's routing with it."""
+    rng = random.Random(1)
+    asked = prompts(1, tuple(rng.randint(1, 300) for _ in range(24)))
+    truth = firsts(folder, 1, asked, "cpu")
+    one, two = (distance(apart(tmp_path, "firsts", folder, tp, asked), truth) for tp in (1, 2))
+    print(f"\nfrom a CPU's log-probabilities, medians: one GPU {one:.3f}, two {two:.3f}")
+    assert one < 0.15 and two < 1.5 * one
 
 
 def test_the_same_bits_in_company_and_from_every_tier(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -29,12 +30,14 @@ from triton.runtime.jit import JITFunction
 from fathom.checkpoint.names import kind_of
 from fathom.config import WEIGHTS, ModelConfig, preset
 from fathom.engine.device_cache import DeviceCache
-from fathom.kernels import common_triton, cuda, dispatch, experts_many_triton, prefill_triton, sample_triton
+from fathom.kernels import common_triton, cuda, dispatch, experts_many_triton, mailbox, prefill_triton, sample_triton
+from fathom.kernels.mailbox import Mailbox
+from fathom.kernels.sums import Unsummed
 from fathom.model.batch import Batch, Span
 from fathom.model.layers import Linear, Numerics
 from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
-from fathom.parallel.plan import rank_model
+from fathom.parallel.plan import rank_model, summed
 
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
@@ -141,11 +144,12 @@ def _device(capability: tuple[int, int], compiles: bool = True) -> Iterator[None
     """Tensors of the meta device pass for those of a GPU; a launch compiles."""
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     cuda_kernels = ("attend", "linear", "index", "experts", "router", "store", "streams")
-    launchers = [f"fathom.kernels.{name}_cuda" for name in cuda_kernels]
+    launchers = [*(f"fathom.kernels.{name}_cuda" for name in cuda_kernels), "fathom.kernels.mailbox"]
     prefill_triton._hopper.cache_clear()
     with ExitStack() as stack:
         for name, stand_in in (
             ("torch.cuda.get_device_capability", lambda device=None: capability),
+            ("torch.cuda.get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)),
             ("torch.cuda.device", lambda device: nullcontext()),
             ("torch.Tensor.is_cuda", True),
             ("torch.version.cuda", torch.version.cuda or "13.0"),
@@ -202,6 +206,13 @@ def _computed(model: Transformer, packed: bool) -> None:
             model.logits(model(_empty((len(batch.positions),), torch.int64), batch, cache))
 
 
+def _meeting(ranks: int) -> Callable[[Tensor | Unsummed], Unsummed]:
+    """What a rank's sublayers leave to the reader."""
+    box = Mailbox.__new__(Mailbox)
+    box.ranks, box.device, box.argument = ranks, torch.device("meta"), mailbox.NO_BOX
+    return lambda out: out._replace(box=box) if isinstance(out, Unsummed) else Unsummed(out, box=box)
+
+
 def _sampled(vocabulary: int) -> None:
     logits, wishes = _empty((3, vocabulary), torch.float32), _empty((4, 3), torch.float64)
     for cut, counted in ((False, False), (True, False), (True, True)):
@@ -220,6 +231,8 @@ def main() -> int:
         for config, tp in _configs():
             for packed in (False, True):
                 model = _model(config, tp)
+                if tp > 1 and device[1]:
+                    summed(model, _meeting(tp))
                 with torch.inference_mode(), _device(*device):
                     _computed(model, packed)
                     _sampled(config.vocab_size)

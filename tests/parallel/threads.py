@@ -7,6 +7,8 @@ from threading import Barrier
 import torch
 from torch import Tensor
 
+from fathom.kernels.sums import Unsummed, whole
+
 
 class Together:
     """Where `count` threads hand in their parts and get everyone's, in the order of the ranks."""
@@ -31,6 +33,9 @@ class OfThreads:
 
     def sum(self, part: Tensor) -> Tensor:
         return torch.stack(self._together.all(self.rank, part)).float().sum(0).to(part.dtype)
+
+    def part(self, part: Tensor | Unsummed) -> Tensor:
+        return self.sum(whole(part))
 
     def gathered(self, part: Tensor, axis: int = -1) -> Tensor:
         return torch.cat(self._together.all(self.rank, part), axis)
