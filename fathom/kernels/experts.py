@@ -13,7 +13,6 @@ from fathom.kernels.elementwise import silu
 from fathom.kernels.linear import Part, linear
 from fathom.kernels.packed import Packed
 from fathom.kernels.quant import WEIGHT_BLOCK, fp8_sim
-from fathom.kernels.sums import Unsummed
 from fathom.kernels.words import from_words
 
 
@@ -72,15 +71,14 @@ def experts(
     limit: float,
     quantize: bool,
     shared: Tensor | Down | None = None,
-    later: bool = False,
-) -> Tensor | Unsummed:
+) -> Tensor:
     """sum_k w2[e_k] (weights[t,k] * swiglu(w13[e_k] x[t])) for the k chosen experts of each token.
 
     x [T, D], rounded to e4m3 per 128 when `quantize`; chosen [T, k] expert ids; weights [T, k] float32;
     w13 [E, 2I, D] with the gate rows first, w2 [E, D, I], both in any stored form with scales s13, s2, FP4 also in the
     order of `kernels.words`. Returns float32 [T, D]; with `shared` [T, D], done or not, that is added last and the sum
     has its dtype.
-    A token's experts are summed in the order of `chosen`, whatever else is in the batch. later: that sum may be left.
+    A token's experts are summed in the order of `chosen`, whatever else is in the batch.
     """
     x, shared = fp8_sim(x, WEIGHT_BLOCK) if quantize else x, done(shared)
     order, groups = _by_expert(chosen, len(w13))

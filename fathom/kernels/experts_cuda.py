@@ -19,14 +19,11 @@ from fathom.kernels.experts import Down
 from fathom.kernels.experts_pairs_triton import Fp4Experts, combine
 from fathom.kernels.linear_cuda import gated_linear
 from fathom.kernels.quant_triton import known, quantise
-from fathom.kernels.sums import Unsummed
 
 MOST_PAIRS = 512
 """Pairs of a token and an expert that a block can look through."""
 _TOGETHER = 8
 """Pairs of an expert that are multiplied at once."""
-_LATER = 8
-"""Tokens up to which whoever reads the result sums it up: every warp that wants a column does."""
 _TWO_TOKENS, _FEW_PAIRS = 12, 64
 """Pairs up to which more blocks are better than longer ones."""
 
@@ -83,13 +80,11 @@ def down(x: Tensor, chosen: Tensor, weights: Fp4Experts, form: Shape | None = No
 
 
 def few(
-    x: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, shared: Tensor | Down | None = None,
-    later: bool = False,
-) -> Tensor | Unsummed:  # fmt: skip
+    x: Tensor, chosen: Tensor, shares: Tensor, weights: Fp4Experts, limit: float, shared: Tensor | Down | None = None
+) -> Tensor:
     """The whole of it: x [T, D], chosen [T, k], shares float32 [T, k] -> [T, D], `shared` added.
 
-    later: the sum of few tokens is left. What of `shared` is still to be done runs beside gate and up: its
-    input was complete before `chosen` was computed.
+    What of `shared` is still to be done runs beside gate and up. Its input was complete before `chosen` was computed.
     """
     chosen = chosen.int()
     # Memory that is free now was last used by kernels that have ended when gate and up begin; later it may not be.
@@ -97,10 +92,7 @@ def few(
     # Routers begin when all before them has ended; who left x rounded did so before they were launched.
     hidden = gate_up(*quantise(x), chosen, shares, weights, limit, ready=known(x) is not None)
     added = _beside(shared, room)
-    parts = down(hidden, chosen, weights)
-    if later and added is not None and len(x) <= _LATER:
-        return Unsummed(added, parts)
-    return combine(parts, chosen.shape[1], added)
+    return combine(down(hidden, chosen, weights), chosen.shape[1], added)
 
 
 def _beside(shared: Tensor | Down | None, room: Tensor) -> Tensor | None:

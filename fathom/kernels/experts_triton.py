@@ -18,7 +18,7 @@ MOST_FEW = 64
 
 def experts(
     x: Tensor, chosen: Tensor, shares: Tensor, w13: Any, s13: Tensor | None, w2: Any, s2: Tensor | None, limit: float,
-    quantize: bool, shared: Tensor | Down | None = None, later: bool = False,
+    quantize: bool, shared: Tensor | Down | None = None,
 ) -> Any:  # fmt: skip
     """`experts.experts` for weights in words and BF16 activations; NotImplemented for other forms."""
     if not isinstance(w13, Tensor) or w13.dtype != torch.int32 or x.dtype != torch.bfloat16 or not quantize:
@@ -30,6 +30,6 @@ def experts(
     if not x.shape[0]:
         return torch.zeros_like(x)
     if x.shape[0] <= MOST_FEW and experts_cuda.has(x, chosen, weights):
-        return experts_cuda.few(x, chosen, shares, weights, limit, shared, later)
+        return experts_cuda.few(x, chosen, shares, weights, limit, shared)
     of_some = experts_few_triton.few if x.shape[0] <= MOST_FEW else experts_many_triton.many
     return of_some(x, chosen, shares, weights, limit, done(shared))

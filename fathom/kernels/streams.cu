@@ -8,8 +8,7 @@
 // ROWS    mixing weights of a token: 24 before a sublayer, 4 before the head
 // ROUNDS  of Sinkhorn; 0 before the head
 // TOKENS  of a block of `turn`
-// TOP     pairs of a token that `turn` sums up before y; 0 if there are none
-// RANKS   whose sums `turn` sums up, if more than one
+// RANKS   whose parts of y `turn` sums up
 
 #include "common.cuh"
 
@@ -74,19 +73,7 @@ __device__ __forceinline__ void project(float* to, const float2 (&f)[EACH][N], c
     if (lane == 0) to[ROWS] = squares;
 }
 
-// Two columns of y: all pairs' and its own, in this order.
-__device__ __forceinline__ u32 total(const float* pairs, const u16* y, long long t, int column) {
-    float2 parts[TOP + 1], sum = make_float2(0, 0);
-#pragma unroll
-    for (int i = 0; i < TOP; i++) parts[i] = *(const float2*)(pairs + (t * TOP + i) * D + column);
-    const u32 last = *(const u32*)(y + t * D + column);
-    if (!TOP) return last;
-#pragma unroll
-    for (int i = 0; i < TOP; i++) sum.x += parts[i].x, sum.y += parts[i].y;
-    return pair_of(sum.x + low(last), sum.y + high(last));
-}
-
-// The same over all ranks: a warp leaves this rank's for the others, each takes theirs.
+// y over all ranks: a warp leaves this rank's for the others, each takes theirs.
 __device__ __forceinline__ void meet(u32 (&add)[TOKENS], const Mailbox& box, int block, int count, int warp, int lane) {
     const u32 number = box.numbers[block] + 1;
     int places[TOKENS];
@@ -101,16 +88,15 @@ __device__ __forceinline__ void meet(u32 (&add)[TOKENS], const Mailbox& box, int
     sum_up(add, box, places, numbers, count);
 }
 
-// x [T, N, D] of which each stream takes its part of y [T, D], or stays if there is no y; pairs float32 [T, TOP, D]; sums
-// float32 [T, SLICES, 32].
+// x [T, N, D] of which each stream takes its part of y [T, D], or stays if there is no y; sums float32 [T, SLICES, 32].
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) turn(
-    const float* pairs, const u16* y, const u16* x, const float* post, const float* comb, u16* out, const float* fn,
-    float* sums, const __grid_constant__ Mailbox box, int tokens
+    const u16* y, const u16* x, const float* post, const float* comb, u16* out, const float* fn, float* sums,
+    const __grid_constant__ Mailbox box, int total
 ) {
     constexpr int EACH = ROWS / WARPS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slice = blockIdx.x, column = slice * SLICE + 2 * lane;
     const long long t0 = blockIdx.y * TOKENS;
-    const int count = tokens - (int)t0;
+    const int count = total - (int)t0;
     begin_next();
     float2 f[EACH][N];
 #pragma unroll
@@ -125,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4) turn(
         if (k >= count) break;
 #pragma unroll
         for (int i = 0; i < N; i++) streams[k][i] = *(const u32*)(x + ((t0 + k) * N + i) * D + column);
-        if (y) add[k] = total(pairs, y, t0 + k, column);
+        if (y) add[k] = *(const u32*)(y + (t0 + k) * D + column);
     }
     if (y) shares[0].load(post, comb, t0);
     if (RANKS > 1) meet(add, box, blockIdx.y * SLICES + slice, count, warp, lane);

@@ -37,12 +37,12 @@ def before(
 
 
 def after(y: Tensor | Unsummed, x: Tensor, post: Tensor, comb: Tensor, following: Tensor | None = None) -> Any:
-    """`streams.after`, likewise. What is left of a few tokens' y is done on the way."""
-    y = y if isinstance(y, Unsummed) else Unsummed(y)
-    if following is None or y.last.dtype != x.dtype or not _has(x, y.last):
+    """`streams.after`, likewise. A step's y is summed over the ranks on the way."""
+    own = y.own if isinstance(y, Unsummed) else y
+    if following is None or own.dtype != x.dtype or not _has(x, own):
         return streams_triton.after(whole(y), x, post, comb)
-    if y.box and math.prod(_grid(*y.last.shape)) > resident(x.device):
-        y = Unsummed(whole(y))
+    if math.prod(_grid(*own.shape)) > resident(x.device):
+        y = whole(y)
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     _projected[out] = following, _turn(x, following, (y, post, comb), out)
     return out
@@ -61,18 +61,17 @@ def _has(x: Tensor, other: Tensor) -> bool:
     return fits and x.dtype == other.dtype == torch.bfloat16 and compiles(x.device, "streams.cu")
 
 
-def _turn(x: Tensor, fn: Tensor, into: tuple[Unsummed, Tensor, Tensor] | None, out: Tensor) -> Tensor:
+def _turn(x: Tensor, fn: Tensor, into: tuple[Tensor | Unsummed, Tensor, Tensor] | None, out: Tensor) -> Tensor:
     """The sums of fn's rows over slices of the new streams, and of squares: float32 [T, slices, 32]."""
     tokens, _, hidden = x.shape
     sums = torch.empty((tokens, hidden // _SLICE, _COLUMNS), dtype=torch.float32, device=x.device)
     y, post, comb = into or (None, None, None)
-    last, pairs, box = y or (None, None, None)
-    constants = {"D": hidden, "ROWS": len(fn), "ROUNDS": 1, "TOKENS": _together(tokens)}
-    constants |= {"TOP": 0 if pairs is None else len(pairs) // tokens, "RANKS": box.ranks if box else 1}
+    own, box = y if isinstance(y, Unsummed) else (y, None)
+    ranks, argument = (box.ranks, box.argument) if box else (1, NO_BOX)
+    constants = {"D": hidden, "ROWS": len(fn), "ROUNDS": 1, "TOKENS": _together(tokens), "RANKS": ranks}
     run = kernel("streams.cu", "turn", x.device, **constants)
-    last = last if last is None else last.contiguous()
-    tensors = (pairs, last, x, post, comb, out, fn, sums)
-    argument = box.argument if box else NO_BOX
+    own = own if own is None else own.contiguous()
+    tensors = (own, x, post, comb, out, fn, sums)
     run(_grid(tokens, hidden), 128, x.device, *map(pointer, tensors), argument, ctypes.c_int(tokens))
     return sums
 
@@ -98,7 +97,7 @@ def _finished(
     out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
     values = torch.empty((tokens, hidden), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((tokens, hidden // 128), dtype=torch.float32, device=x.device)
-    run = kernel("streams.cu", "finish", x.device, D=hidden, ROWS=len(fn), ROUNDS=rounds, TOKENS=1, TOP=0, RANKS=1)
+    run = kernel("streams.cu", "finish", x.device, D=hidden, ROWS=len(fn), ROUNDS=rounds, TOKENS=1, RANKS=1)
     tensors = (x, sums, scale, base, weight, out, values, scales, post, comb)
     numbers = ctypes.c_float(eps), ctypes.c_float(hc_eps)
     threads = -(-hidden // 256) * 32

@@ -1,4 +1,4 @@
-"""A sublayer's output as a sum that its reader makes: a launch less, and ranks wait for each other only there."""
+"""A sublayer's output as a sum over ranks that its reader makes: they wait for each other where it is needed."""
 
 from __future__ import annotations
 
@@ -10,23 +10,12 @@ from fathom.kernels.mailbox import Mailbox
 
 
 class Unsummed(NamedTuple):
-    """y [T, D]: the float32 sum of `pairs` in their order, then of `last`, in its dtype; then that of all ranks.
+    """What this rank has of the sum, and how it gets the rest."""
 
-    last [T, D]; pairs float32 [T k, D], the k of a token side by side, or none; box: where the ranks meet, if several.
-    """
-
-    last: Tensor
-    pairs: Tensor | None = None
-    box: Mailbox | None = None
+    own: Tensor
+    box: Mailbox
 
 
 def whole(y: Tensor | Unsummed) -> Tensor:
-    """y itself, in a launch for each sum. The same bits."""
-    if not isinstance(y, Unsummed):
-        return y
-    own = y.last
-    if y.pairs is not None:
-        from fathom.kernels.experts_pairs_triton import combine
-
-        own = combine(y.pairs, len(y.pairs) // len(own), own)
-    return y.box.sum(own) if y.box else own
+    """The sum, in a launch of its own. The same bits."""
+    return y.box.sum(y.own) if isinstance(y, Unsummed) else y

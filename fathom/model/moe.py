@@ -14,7 +14,6 @@ from fathom.kernels.linear import Part, linears
 from fathom.kernels.packed import pack, pack_all
 from fathom.kernels.quant import dequantize
 from fathom.kernels.router import route
-from fathom.kernels.sums import Unsummed
 from fathom.kernels.words import to_words
 from fathom.model.layers import Linear, Numerics, Packable, joined
 
@@ -94,11 +93,11 @@ class Experts(Packable):
         if self.w13.dtype == torch.int8 and dispatch.on(self.w13.device):
             self.store(to_words(self.w13.data), self.w13_scale, to_words(self.w2.data), self.w2_scale)
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, shared: Down) -> Tensor | Unsummed:
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor, shared: Down) -> Tensor:
         """x [T, D] -> [T, D]: the weighted sum of each token's experts, plus the shared one."""
         w13, w2 = self.packed or (self.w13, self.w2)
-        stored, numbers = (w13, self.w13_scale, w2, self.w2_scale), (self.limit, self.numerics.quantize)
-        return experts(x, chosen, weights, *stored, *numbers, shared, later=True)
+        scales = self.w13_scale, self.w2_scale
+        return experts(x, chosen, weights, w13, scales[0], w2, scales[1], self.limit, self.numerics.quantize, shared)
 
 
 class SharedExpert(nn.Module):
@@ -132,7 +131,7 @@ class MoE(nn.Module):
         self.experts = Experts(config, numerics)
         self.shared_experts = SharedExpert(config, numerics)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor | Unsummed:
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x [T, D], tokens [T] -> [T, D]. The router reads x unquantised."""
         logits, *products = linears(x, (self.gate.part(), *self.shared_experts.parts()))
         chosen, weights = self.gate(logits, tokens)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ class Ranks(Protocol):
     rank: int
     count: int
 
-    def part(self, part: Tensor | Unsummed) -> Tensor | Unsummed:
+    def part(self, part: Tensor) -> Tensor | Unsummed:
         """The sum of all ranks' parts, which may be left to its reader: the same bits on every rank, and for every row
         whatever the others are."""
 
@@ -129,10 +129,12 @@ def meet(model: Transformer, ranks: Ranks) -> None:
     model.share_index(ranks.rank, ranks.count, partial(ranks.gathered, axis=0))
 
 
-def summed(model: Transformer, reduce: Callable[[Any], Tensor | Unsummed]) -> list[torch.utils.hooks.RemovableHandle]:
+def summed(
+    model: Transformer, reduce: Callable[[Tensor], Tensor | Unsummed]
+) -> list[torch.utils.hooks.RemovableHandle]:
     """Have `reduce` sum over the ranks what every attention and every feed-forward half returns."""
 
-    def hook(module: nn.Module, given: object, out: Tensor | Unsummed) -> Tensor | Unsummed:
+    def hook(module: nn.Module, given: object, out: Tensor) -> Tensor | Unsummed:
         return reduce(out)
 
     blocks = [*model.layers, *model.mtp]

@@ -20,7 +20,7 @@ from torch import Tensor
 from fathom.errors import ConfigError
 from fathom.kernels import mailbox
 from fathom.kernels.mailbox import Mailbox
-from fathom.kernels.sums import Unsummed, whole
+from fathom.kernels.sums import Unsummed
 
 _HOST = "127.0.0.1"
 SMALL = 1 << 19
@@ -66,10 +66,9 @@ class Ranks:
         elif kind == "cuda":
             self._shared, _ = self._meet(SMALL // 2, torch.bfloat16)
 
-    def part(self, part: Tensor | Unsummed) -> Tensor | Unsummed:
+    def part(self, part: Tensor) -> Tensor | Unsummed:
         """The sum of all ranks' parts, which may be left to its reader; the part may be overwritten."""
-        own = part if isinstance(part, Unsummed) else Unsummed(part)
-        return own._replace(box=self._box) if self._box and self._box.takes(own.last) else self.sum(whole(part))
+        return Unsummed(part, self._box) if self._box and self._box.takes(part) else self.sum(part)
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts; the part may be overwritten."""

@@ -6,7 +6,6 @@ A process is a rank of one model only, on a GPU for good: each of these is compu
 from __future__ import annotations
 
 import pickle
-import random
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from tests.engine.test_team import CONFIG, PARAMS, Answer, alone, answer, prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")]
 ROOT = Path(__file__).parents[2]
+LENGTHS = (1, 2, 5, 9, 17, 30, 31, 40, 55, 60, 63, 64)
 RUN = (
     "import pickle, sys; import tests.engine.test_team_gpu as t; "
     "name, *given = pickle.load(sys.stdin.buffer); pickle.dump(getattr(t, name)(*given), open(sys.argv[1], 'wb'))"
@@ -63,7 +63,8 @@ def firsts(folder: Path, tp: int, asked: list[list[int]], device: str = "cuda") 
 
 
 def distance(found: list[dict[int, float]], truth: list[dict[int, float]]) -> float:
-    """The median over prompts of how far log-probabilities are on average; who is not listed has the lowest listed."""
+    """The median over prompts of how far log-probabilities are on average; who is not listed has the lowest listed.
+    (Random ones of other prompts are 0.3 apart.)"""
     gaps = [
         statistics.mean(abs(got.get(token, min(got.values())) - value) for token, value in want.items())
         for got, want in zip(found, truth, strict=True)
@@ -96,15 +97,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_two_gpus_are_no_farther_from_the_truth_than_one(folder: Path, tmp_path: Path) -> None:
+def test_two_gpus_are_as_near_to_the_truth_as_one(folder: Path, tmp_path: Path) -> None:
     """The truth is a CPU's in float32. A last bit of a sum changes what is rounded to e4m3 afterwards, and a random
     model's routing with it."""
-    rng = random.Random(1)
-    asked = prompts(1, tuple(rng.randint(1, 300) for _ in range(24)))
-    truth = firsts(folder, 1, asked, "cpu")
-    one, two = (distance(apart(tmp_path, "firsts", folder, tp, asked), truth) for tp in (1, 2))
-    print(f"\nfrom a CPU's log-probabilities, medians: one GPU {one:.3f}, two {two:.3f}")
-    assert one < 0.15 and two < 1.5 * one
+    asked = prompts(1, LENGTHS)
+    far = distance(apart(tmp_path, "firsts", folder, 2, asked), firsts(folder, 1, asked, "cpu"))
+    print(f"\nlog-probabilities from a CPU's: {far:.3f}")
+    assert far < 0.1
 
 
 def test_the_same_bits_in_company_and_from_every_tier(folder: Path, tmp_path: Path) -> None:

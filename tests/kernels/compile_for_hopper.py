@@ -206,11 +206,11 @@ def _computed(model: Transformer, packed: bool) -> None:
             model.logits(model(_empty((len(batch.positions),), torch.int64), batch, cache))
 
 
-def _meeting(ranks: int) -> Callable[[Tensor | Unsummed], Unsummed]:
+def _meeting(ranks: int) -> Callable[[Tensor], Unsummed]:
     """What a rank's sublayers leave to the reader."""
     box = Mailbox.__new__(Mailbox)
     box.ranks, box.device, box.argument = ranks, torch.device("meta"), mailbox.NO_BOX
-    return lambda out: out._replace(box=box) if isinstance(out, Unsummed) else Unsummed(out, box=box)
+    return lambda out: Unsummed(out, box)
 
 
 def _sampled(vocabulary: int) -> None:

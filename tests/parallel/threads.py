@@ -7,8 +7,6 @@ from threading import Barrier
 import torch
 from torch import Tensor
 
-from fathom.kernels.sums import Unsummed, whole
-
 
 class Together:
     """Where `count` threads hand in their parts and get everyone's, in the order of the ranks."""
@@ -34,8 +32,8 @@ class OfThreads:
     def sum(self, part: Tensor) -> Tensor:
         return torch.stack(self._together.all(self.rank, part)).float().sum(0).to(part.dtype)
 
-    def part(self, part: Tensor | Unsummed) -> Tensor:
-        return self.sum(whole(part))
+    def part(self, part: Tensor) -> Tensor:
+        return self.sum(part)
 
     def gathered(self, part: Tensor, axis: int = -1) -> Tensor:
         return torch.cat(self._together.all(self.rank, part), axis)
