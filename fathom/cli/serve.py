@@ -176,7 +176,7 @@ def _run(listening: socket.socket, app: Any, llm: LLM, books: Books, desk: Desk,
             books.meter.close()
     if llm.core.lost:
         print(f"error: {llm.core.lost}", file=sys.stderr, flush=True)
-        os._exit(2)  # a GPU that waits for the lost rank would hold up every other way out
+        os._exit(2)  # a GPU that still waits for the lost rank would hold up every other way out
 
 
 def _give_up(listener: Listener, team: Team | None, reason: str) -> None:

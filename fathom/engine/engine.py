@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -66,6 +67,8 @@ class Core:
         self.vocabulary, self._eos = config.vocab_size, config.eos_token_id
         self._samplers: dict[Sequence, Sampler] = {}
         self._notes: tuple[str, ...] = ()
+        if team:
+            team.check()  # whatever was waited for above may have come from nobody
 
     def _begin(self) -> None:
         """Empty books: every page free, nobody queued."""
@@ -101,7 +104,8 @@ class Core:
 
     def step(self) -> bool:
         """Compute one step; False if there was nothing to compute. Whatever fails, the next step can be made."""
-        return self._safely(self._step) is not False
+        with self._team.working() if self._team else nullcontext():
+            return self._safely(self._step) is not False
 
     def _safely(self, action: Callable[[], bool | None]) -> bool | None:
         """Do it; None after a failure that nobody foresaw, which ends all requests but not the engine."""
@@ -120,7 +124,7 @@ class Core:
             logits = self._runner.run([Work.of(piece) for piece in plan.pieces])
             choices = choose(logits, [self._samplers[s] for s in sampling]) if sampling else []
             if self._team:
-                self._team.check()  # what was waited for may have come from nobody
+                self._team.check()  # likewise
         except Exception as error:
             self._fail(plan, error)
             return True
@@ -192,6 +196,8 @@ class Core:
         Where memory ran out those are the ones that were reading a prompt, if any: answers make the same step again.
         (Several ranks are lost with one that fails.)
         """
+        if self._team and self._team.lost:
+            error = FathomError(self._team.lost)
         if not self._team and _is_broken(self.cache.device):
             self._lose(f"{self.cache.device} is at fault ({_line(error)}): start again")
         scarce = isinstance(error, torch.OutOfMemoryError) and any(not piece.sequence.decoding for piece in plan.pieces)

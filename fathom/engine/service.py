@@ -13,7 +13,7 @@ from fathom.engine.request import Sequence
 from fathom.engine.stream import Blocking, Sink
 
 _LAST = 20.0
-"""Seconds that a thread has to end when a rank was lost: its GPU may wait for that for ever."""
+"""Seconds that a thread has to end when a rank was lost: where torch sums, its GPU waits for that for ever."""
 _PAUSE = 0.005  # seconds, when all that waits needs memory that others hold
 
 

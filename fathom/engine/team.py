@@ -35,7 +35,9 @@ from fathom.model.transformer import Transformer
 from fathom.parallel.tensor import Ranks, meeting_place
 
 _PATIENCE = 30.0
-"""Seconds that a process may take to end by itself once its team is lost; a GPU may wait for the others for ever."""
+"""Seconds that a process may take to end by itself once its team is lost; where torch sums, its GPU waits for ever."""
+LONGEST = 600.0
+"""Seconds of a step after which a rank counts as lost, though it lives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,23 +67,24 @@ class Team:
 
     def __init__(self, part: Part) -> None:
         store = meeting_place(part.tp)
-        self.part, self.lost, self._closed = replace(part, port=store.port), "", False
+        self.part, self.lost, self._closed = replace(part, port=store.port), "", threading.Event()
         self.on_loss: Callable[[str], None] = self.end_soon
         self._loss, self._losing = threading.Event(), threading.Lock()
         self._bound: dict[int, list[int]] = {}
         self._others: list[subprocess.Popen[bytes]] = []
         self._heard: list[Queue[Any]] = [Queue() for _ in range(part.tp - 1)]
         self._ears: list[threading.Thread] = []
+        self._since: float | None = None
         self._joined: Ranks | None = None
         try:
             for rank in range(1, part.tp):
                 self._others.append(_start(replace(self.part, rank=rank)))
-                self._ears.append(
-                    threading.Thread(target=self._listen, args=(rank,), name=f"fathom-rank-{rank}", daemon=True)
-                )
-                self._ears[-1].start()
+                ear = threading.Thread(target=self._listen, args=(rank,), name=f"fathom-rank-{rank}", daemon=True)
+                ear.start()
+                self._ears.append(ear)
             self._answers()  # they are there
             self._joined = self.part.join(store)
+            threading.Thread(target=self._watch, name="fathom-ranks", daemon=True).start()
         except BaseException:
             self.close()
             raise
@@ -139,8 +142,24 @@ class Team:
                 process.kill()
             threading.Thread(target=self.on_loss, args=(self.lost,), daemon=True).start()
             if self._joined:
-                self._joined.give_up()
+                with suppress(RuntimeError):  # of a group that cannot be aborted: on_loss ends the process
+                    self._joined.give_up()
         return FathomError(self.lost)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """What is to end in LONGEST seconds, or the team is lost: a rank that hangs says nothing."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def _watch(self) -> None:
+        while not self._closed.wait(LONGEST / 100):
+            since = self._since
+            if since is not None and time.monotonic() - since > LONGEST:
+                self.lose(f"a step has not ended for {LONGEST:.0f} seconds")
 
     def news(self, work: Work) -> tuple[Any, ...]:
         """A work as the others are told of it: pages only when they are others than before."""
@@ -151,13 +170,14 @@ class Team:
 
     def close(self) -> None:
         """The others end. On a GPU the group is not left, which may wait for who has gone: it ends with the process."""
-        self._closed = True
+        self._closed.set()
         for process in self._others:
             with suppress(OSError):
                 assert process.stdin
                 process.stdin.close()
-        for process, ear in zip(self._others, self._ears, strict=False):
+        for process in self._others:
             _ended(process)
+        for ear in self._ears:
             ear.join(_PATIENCE)  # it may be giving the exchanges up
         if self._joined and self._joined.device.type == "cpu":
             self._joined.leave()
@@ -165,8 +185,7 @@ class Team:
 
     def end_soon(self, reason: str) -> None:
         """End this process if it has not ended by itself in half a minute."""
-        time.sleep(_PATIENCE)
-        if not self._closed:
+        if not self._closed.wait(_PATIENCE):
             print(f"error: {reason}", file=sys.stderr, flush=True)
             os._exit(2)
 
@@ -192,10 +211,12 @@ class Team:
                 else:
                     self._heard[rank - 1].put(value)
         process.wait()
-        if not self._closed:
-            self.lose(f"rank {rank} has ended{why}")
-        for heard in self._heard:
-            heard.put(None)  # whoever waits for an answer looks whether the team is lost
+        try:
+            if not self._closed.is_set():
+                self.lose(f"rank {rank} has ended{why}")
+        finally:
+            for heard in self._heard:
+                heard.put(None)  # whoever waits for an answer looks whether the team is lost
 
 
 class Led(Runner):
@@ -217,7 +238,7 @@ class Shared:
     def __init__(self, team: Team, cache: PagedCache | DeviceCache) -> None:
         self._team, self._cache = team, cache
         self.device, self.pages, self.form = cache.device, cache.pages, cache.form
-        self.blocks, self.holds, self.state = cache.blocks, cache.holds, cache.state
+        self.holds = cache.holds
 
     @property
     def page_bytes(self) -> int:
@@ -228,6 +249,18 @@ class Shared:
     def block_bytes(self) -> int:
         """Bytes of a block."""
         return self._cache.block_bytes
+
+    def blocks(self, pages: Sequence[int]) -> list[bytes]:
+        """See `Stored`. Raises ConfigError where what the device had to wait for may have come from nobody."""
+        return self._sound(self._cache.blocks(pages))
+
+    def state(self, slot: int, at: int) -> bytes:
+        """See `Stored`. Raises ConfigError likewise."""
+        return self._sound(self._cache.state(slot, at))
+
+    def _sound(self, read: Any) -> Any:
+        self._team.check()
+        return read
 
     def load_blocks(self, pages: Sequence[int], blocks: Sequence[bytes]) -> None:
         """Fill pages with what `blocks` gave."""

@@ -4,7 +4,7 @@
 
 #include "common.cuh"
 
-extern "C" __global__ void __launch_bounds__(WORDS) add_up(
+extern "C" __global__ void __launch_bounds__(WORDS, 4) add_up(
     const u32* part, u32* out, const __grid_constant__ Mailbox box, int pairs
 ) {
     u32 own[EACH], numbers[EACH];

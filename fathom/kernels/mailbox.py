@@ -9,18 +9,22 @@ sums in the same order. The protocol stands in common.cuh.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Sequence
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fathom.kernels.cuda import compiles, kernel, pointer
+from fathom.kernels.cuda import KernelError, compiles, kernel, pointer
 
+_log = logging.getLogger("fathom.kernels")
+_FILE = "mailbox.cu"
 WORDS, BLOCKS, MOST_RANKS = 128, 2048, 8
+"""As common.cuh has them."""
 _MOST_PAIRS = WORDS * BLOCKS
 _RESIDENT = 4
-"""Blocks that a multiprocessor surely holds at once: no block may wait for one that has no place."""
+"""Blocks of a multiprocessor, by the kernels' launch bounds."""
 
 
 class _Box(ctypes.Structure):
@@ -34,11 +38,15 @@ class _Box(ctypes.Structure):
 
 
 class Mailbox:
-    """One rank's. places: the addresses of every rank's words (`words`), its own among them, as this process sees them;
-    all are zero before the first sum. words: what this object keeps alive."""
+    """One rank's.
 
-    def __init__(self, rank: int, places: Sequence[int], words: Tensor) -> None:
-        self.rank, self.ranks, self.device = rank, len(places), words.device
+    places: the addresses of every rank's words (`words`), its own among them, as this process sees them; all are zero
+    before the first sum. words: its own, to be kept. most_blocks: of a grid that waits; the same on all ranks, since it
+    decides which kernel makes a sum, and each lays the words out in its way.
+    """
+
+    def __init__(self, rank: int, places: Sequence[int], words: Tensor, most_blocks: int) -> None:
+        self.rank, self.ranks, self.device, self.most_blocks = rank, len(places), words.device, min(most_blocks, BLOCKS)
         self._words = words
         self._numbers = torch.zeros(BLOCKS, dtype=torch.int32, device=words.device)
         self._stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
@@ -55,8 +63,8 @@ class Mailbox:
         part = part.contiguous()
         out, pairs = torch.empty_like(part), part.numel() // 2
         blocks = -(-pairs // WORDS)
-        grid = min(blocks, resident(self.device))
-        run = kernel("mailbox.cu", "add_up", self.device, EACH=_power(-(-blocks // grid)))
+        grid = min(blocks, self.most_blocks)
+        run = kernel(_FILE, "add_up", self.device, EACH=_power(-(-blocks // grid)))
         run((grid, 1), WORDS, self.device, pointer(part), pointer(out), self.argument, ctypes.c_int(pairs))
         return out
 
@@ -69,6 +77,18 @@ NO_BOX = _Box()
 """What a kernel is given where there is one rank."""
 
 
+class Unsummed(NamedTuple):
+    """A sum over ranks that its reader makes: what this rank has of it, and how it gets the rest."""
+
+    own: Tensor
+    box: Mailbox
+
+
+def whole(y: Tensor | Unsummed) -> Tensor:
+    """The sum, in a launch of its own. The same bits."""
+    return y.box.sum(y.own) if isinstance(y, Unsummed) else y
+
+
 def words(ranks: int) -> int:
     """Words of 8 bytes that a rank's mailbox has."""
     return 2 * ranks * BLOCKS * WORDS
@@ -76,12 +96,17 @@ def words(ranks: int) -> int:
 
 def works(device: torch.device, ranks: int) -> bool:
     """Whether ranks on devices like this one can sum so."""
-    return ranks <= MOST_RANKS and compiles(device, "mailbox.cu")
+    if ranks > MOST_RANKS or not compiles(device, _FILE):
+        return False
+    try:
+        return bool(kernel(_FILE, "add_up", device, EACH=1))
+    except KernelError as error:
+        _log.warning("sums over ranks: torch's, which are slower (%s)", error)
+        return False
 
 
-@lru_cache(maxsize=8)
 def resident(device: torch.device) -> int:
-    """Blocks of a grid that may wait for others."""
+    """Blocks that a device surely holds at once: none of a grid may wait for one that has no place."""
     return _RESIDENT * torch.cuda.get_device_properties(device).multi_processor_count
 
 

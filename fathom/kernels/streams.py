@@ -13,10 +13,10 @@ from torch import Tensor
 from fathom.kernels.dispatch import beside
 from fathom.kernels.elementwise import sigmoid
 from fathom.kernels.linear import linear
+from fathom.kernels.mailbox import Unsummed, whole
 from fathom.kernels.norm import normalised, rms_norm
 from fathom.kernels.packed import PackedSum
 from fathom.kernels.sinkhorn import mixing
-from fathom.kernels.sums import Unsummed, whole
 
 
 @beside("streams_cuda")

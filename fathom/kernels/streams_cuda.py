@@ -17,8 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fathom.kernels import quant_triton, streams_triton
 from fathom.kernels.cuda import compiles, kernel, pointer
-from fathom.kernels.mailbox import NO_BOX, resident
-from fathom.kernels.sums import Unsummed, whole
+from fathom.kernels.mailbox import NO_BOX, Unsummed, whole
 
 _SLICE, _COLUMNS, _STREAMS, _WIDEST, _MOST = 64, 32, 4, 8192, 64
 _projected: Any = WeakIdKeyDictionary()
@@ -41,7 +40,7 @@ def after(y: Tensor | Unsummed, x: Tensor, post: Tensor, comb: Tensor, following
     own = y.own if isinstance(y, Unsummed) else y
     if following is None or own.dtype != x.dtype or not _has(x, own):
         return streams_triton.after(whole(y), x, post, comb)
-    if math.prod(_grid(*own.shape)) > resident(x.device):
+    if isinstance(y, Unsummed) and math.prod(_grid(*own.shape)) > y.box.most_blocks:
         y = whole(y)
     x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     _projected[out] = following, _turn(x, following, (y, post, comb), out)

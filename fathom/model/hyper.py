@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.kernels import streams
+from fathom.kernels.mailbox import Unsummed
 from fathom.kernels.packed import PackedSum, pack_sum
-from fathom.kernels.sums import Unsummed
 from fathom.model.layers import Packable, RMSNorm
 
 

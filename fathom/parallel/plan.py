@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from fathom.config import ModelConfig
 from fathom.errors import ConfigError
+from fathom.kernels.mailbox import Unsummed
 from fathom.kernels.quant import WEIGHT_BLOCK
-from fathom.kernels.sums import Unsummed
 from fathom.model.layers import Linear, Numerics
 from fathom.model.transformer import Transformer
 
@@ -115,7 +115,7 @@ class Ranks(Protocol):
     rank: int
     count: int
 
-    def part(self, part: Tensor) -> Tensor | Unsummed:
+    def sum_later(self, part: Tensor) -> Tensor | Unsummed:
         """The sum of all ranks' parts, which may be left to its reader: the same bits on every rank, and for every row
         whatever the others are."""
 
@@ -125,7 +125,7 @@ class Ranks(Protocol):
 
 def meet(model: Transformer, ranks: Ranks) -> None:
     """Have a rank's model compute what the whole would, and of the logits its part: sums, and shared index choices."""
-    summed(model, ranks.part)
+    summed(model, ranks.sum_later)
     model.share_index(ranks.rank, ranks.count, partial(ranks.gathered, axis=0))
 
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from fathom.errors import ConfigError
 from fathom.kernels import mailbox
-from fathom.kernels.mailbox import Mailbox
-from fathom.kernels.sums import Unsummed
+from fathom.kernels.mailbox import Mailbox, Unsummed
 
 _HOST = "127.0.0.1"
 SMALL = 1 << 19
@@ -66,8 +65,8 @@ class Ranks:
         elif kind == "cuda":
             self._shared, _ = self._meet(SMALL // 2, torch.bfloat16)
 
-    def part(self, part: Tensor) -> Tensor | Unsummed:
-        """The sum of all ranks' parts, which may be left to its reader; the part may be overwritten."""
+    def sum_later(self, part: Tensor) -> Tensor | Unsummed:
+        """`sum`, which may be left to its reader."""
         return Unsummed(part, self._box) if self._box and self._box.takes(part) else self.sum(part)
 
     def sum(self, part: Tensor) -> Tensor:
@@ -95,11 +94,13 @@ class Ranks:
 
     def _posted(self) -> Mailbox:
         words, seen = self._meet(mailbox.words(self.count), torch.int64)
-        words.zero_()
-        torch.cuda.synchronize(self.device)
-        dist.barrier(device_ids=[self.device.index])  # before that nobody may write
         places = [seen.get_buffer(rank, words.shape, words.dtype).data_ptr() for rank in range(self.count)]
-        return Mailbox(self.rank, places, words)
+        words.zero_()
+        least = torch.tensor([mailbox.resident(self.device)], device=self.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)  # before that nobody may write
+        made = Mailbox(self.rank, places, words, int(least))
+        torch.cuda.synchronize(self.device)
+        return made
 
     def _meet(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Any]:
         """Memory that all ranks of a host see, and how."""
@@ -109,7 +110,7 @@ class Ranks:
         return shared, symmetric.rendezvous(shared, self._group)
 
     def give_up(self) -> None:
-        """Exchanges that wait for a rank which is gone end, with no result. Any thread."""
+        """Exchanges that wait for a rank which is gone end, with no result (not torch's small sums). Any thread."""
         if self._box:
             self._box.give_up()
         if self.device.type == "cuda":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -14,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fathom.engine.team as team
 from fathom.api import Event, FinishReason, SamplingParams
 from fathom.checkpoint.folder import Checkpoint
 from fathom.checkpoint.load import load_model, share_bytes
@@ -24,7 +28,7 @@ from fathom.engine.graphs import Steps
 from fathom.engine.llm import LLM
 from fathom.engine.memory import Memory
 from fathom.engine.runner import DeviceRunner, Work
-from fathom.engine.team import Part, Team
+from fathom.engine.team import Part, Shared, Team
 from fathom.errors import ConfigError
 from fathom.model.layers import Numerics
 from fathom.model.transformer import Transformer
@@ -121,6 +125,42 @@ def test_a_lost_rank_ends_every_request_with_its_reason(folder: Path) -> None:
     assert "rank 1 has ended" in reasons.get(timeout=30) and reasons.empty()
 
 
+def test_a_rank_that_hangs_counts_as_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "LONGEST", 2.0)
+    pair = LLM.load(folder, tp=2, memory=Memory(slots=2))
+    assert pair.team
+    pair.team.on_loss = lambda reason: None
+    stream = pair.generate(prompts(15, (30,))[0], replace(PARAMS, max_tokens=100_000))
+    next(stream)
+    os.kill(pair.team._others[0].pid, signal.SIGSTOP)
+    *_, end = stream
+    pair.close()
+    assert end.finish is FinishReason.ERROR and "a step has not ended for 2 seconds" in (end.error or "")
+
+
+def test_what_a_lost_team_reads_is_not_kept(folder: Path, tmp_path: Path) -> None:
+    """On a GPU whoever waits for a lost rank gets something, but not the rows."""
+    pair = LLM.load(folder, tp=2, memory=Memory(slots=2, folder=tmp_path / "kv"))
+    assert pair.team and isinstance(pair.core.cache, Shared)
+    pair.team.on_loss = lambda reason: None
+    cache, read = pair.core.cache._cache, pair.core.cache._cache.blocks
+
+    def lost_meanwhile(pages: Sequence[int]) -> list[bytes]:
+        assert pair.team
+        pair.team.lose("somebody is gone")
+        return read(pages)
+
+    first, second = prompts(16, (300, 300))
+    alone(pair, first)
+    before = sum(path.stat().st_size for path in (tmp_path / "kv").rglob("*") if path.is_file())
+    cache.blocks = lost_meanwhile  # type: ignore[method-assign]
+    list(pair.generate(second, PARAMS))
+    notes = pair.status().notes
+    pair.close()
+    assert before > 0 and any("somebody is gone" in note for note in notes)
+    assert before == sum(path.stat().st_size for path in (tmp_path / "kv").rglob("*") if path.is_file())
+
+
 def test_what_cannot_be_cut_or_started_is_refused_at_the_door(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"moe_intermediate_size \(128\) cannot be cut into 2 equal parts"):
         LLM.load("small", tp=2)
@@ -133,11 +173,11 @@ def test_what_cannot_be_cut_or_started_is_refused_at_the_door(folder: Path, tmp_
         LLM.load(folder, tp=2)
     pair.close()
     with pytest.raises(ConfigError, match=r"rank 1 has ended \(.*nowhere"):
-        team = Team(Part(folder=tmp_path / "nowhere", tp=2))
+        made = Team(Part(folder=tmp_path / "nowhere", tp=2))
         try:
-            team._answers()
+            made._answers()
         finally:
-            team.close()
+            made.close()
 
 
 def test_a_rank_reads_its_share_of_a_checkpoint(folder: Path, plain: Path) -> None:

@@ -31,8 +31,7 @@ from fathom.checkpoint.names import kind_of
 from fathom.config import WEIGHTS, ModelConfig, preset
 from fathom.engine.device_cache import DeviceCache
 from fathom.kernels import common_triton, cuda, dispatch, experts_many_triton, mailbox, prefill_triton, sample_triton
-from fathom.kernels.mailbox import Mailbox
-from fathom.kernels.sums import Unsummed
+from fathom.kernels.mailbox import Mailbox, Unsummed, whole
 from fathom.model.batch import Batch, Span
 from fathom.model.layers import Linear, Numerics
 from fathom.model.moe import Experts
@@ -206,11 +205,11 @@ def _computed(model: Transformer, packed: bool) -> None:
             model.logits(model(_empty((len(batch.positions),), torch.int64), batch, cache))
 
 
-def _meeting(ranks: int) -> Callable[[Tensor], Unsummed]:
+def _meeting(ranks: int) -> Callable[[Tensor], Tensor | Unsummed]:
     """What a rank's sublayers leave to the reader."""
     box = Mailbox.__new__(Mailbox)
-    box.ranks, box.device, box.argument = ranks, torch.device("meta"), mailbox.NO_BOX
-    return lambda out: Unsummed(out, box)
+    box.ranks, box.device, box.argument, box.most_blocks = ranks, torch.device("meta"), mailbox.NO_BOX, 528
+    return lambda out: Unsummed(out, box) if box.takes(out) else out
 
 
 def _sampled(vocabulary: int) -> None:
@@ -231,9 +230,12 @@ def main() -> int:
         for config, tp in _configs():
             for packed in (False, True):
                 model = _model(config, tp)
+                meeting = _meeting(tp)
                 if tp > 1 and device[1]:
-                    summed(model, _meeting(tp))
+                    summed(model, meeting)
                 with torch.inference_mode(), _device(*device):
+                    for count in (1, 64) if device[1] else ():
+                        whole(meeting(_empty((count, config.hidden_size), torch.bfloat16)))
                     _computed(model, packed)
                     _sampled(config.vocab_size)
     failed = [key for key, outcome in _seen.items() if outcome != "compiled"]

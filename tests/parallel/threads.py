@@ -32,7 +32,7 @@ class OfThreads:
     def sum(self, part: Tensor) -> Tensor:
         return torch.stack(self._together.all(self.rank, part)).float().sum(0).to(part.dtype)
 
-    def part(self, part: Tensor) -> Tensor:
+    def sum_later(self, part: Tensor) -> Tensor:
         return self.sum(part)
 
     def gathered(self, part: Tensor, axis: int = -1) -> Tensor:
