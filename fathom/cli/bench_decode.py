@@ -78,7 +78,7 @@ class DecodeBench:
     def _kind(self, graphs: Graphs, position: int, often: int, batch: int) -> dict[str, Any]:
         """The step at one position, which stands for so many."""
         self._first(graphs, position + 1, batch)
-        took = timed(graphs._captured[batch].graph.replay, self.job.runs or RUNS)
+        took = timed(graphs.at(batch, position + 1).graph.replay, self.job.runs or RUNS)
         return {"position": position, "often": often, **took.row()}
 
     def first_token(self, sizes: Sequence[int], context: int = 8192) -> dict[str, Any]:
@@ -125,11 +125,11 @@ class DecodeBench:
         """The launches of a step of the most frequent kind: what each adds as they overlap, and each alone."""
         end = max(closing(context), key=lambda kind: kind[1])[0] + 1
         self._first(graphs, end, batch)
-        added = {row["kernel"]: row["added"] for row in launches(graphs._captured[batch].graph.replay)}
+        added = {row["kernel"]: row["added"] for row in launches(graphs.at(batch, end).graph.replay)}
         with complete_launches():
             graphs.capture(batch)
             self._first(graphs, end, batch)
-            alone = launches(graphs._captured[batch].graph.replay)
+            alone = launches(graphs.at(batch, end).graph.replay)
         return [{**row, "added": added.get(row["kernel"])} for row in alone]
 
     def _beside(

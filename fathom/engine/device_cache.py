@@ -8,7 +8,8 @@ tables are a device tensor. Blocks and states, the stored forms of lower tiers, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -88,6 +89,12 @@ class DeviceCache:
         self.form = f"planes, {'FP4' if packed_keys else 'FP8'} keys"
         self._bound: list[list[int]] = [[] for _ in range(slots)]
         self._reached = [0] * slots
+
+    def within(self, most: int) -> DeviceCache:
+        """The same cache for steps whose sequences have at most so many tokens: launches are made for no more."""
+        near = copy(self)
+        near.layers = [replace(memory, longest=most) for memory in self.layers]
+        return near
 
     def layer(self, index: int) -> _State:
         """The memory of layer `index`; the MTP block is the one after the last."""

@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: one token of every running sequence, no launch from the host but the graph's own.
 
-A graph is captured for each of a few batch sizes; a step takes the smallest that holds it and fills the rest with
-tokens of nobody's. Whatever depends on the step (tokens, positions, slots, pages) is in device tensors that are
-written before the graph is launched.
+A graph is captured for each of a few batch sizes, where contexts may be long once more for sequences that are not. A
+step takes the smallest that holds it and fills the rest with tokens of nobody's. Whatever depends on the step (tokens,
+positions, slots, pages) is in device tensors that are written before the graph is launched.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _log = logging.getLogger("fathom.engine")
 SIZES = (1, 2, 4, 8, 16, 32)
 MOST = SIZES[-1]
 """Sequences of a step at most: up to so many, one has the same bits."""
+NEAR = 1 << 15
+"""Tokens up to which a sequence is near: a choice takes one block, attention one cluster. No bit depends on it."""
 _WARM_UP = 2
 _NOBODY = -1
 
@@ -40,6 +42,7 @@ class Steps:
 
     def __init__(self, model: Transformer, cache: DeviceCache) -> None:
         self.model, self.cache = model, cache
+        self.views = [cache.within(NEAR), cache] if cache.max_context > NEAR else [cache]
 
     @torch.inference_mode()
     def run(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> Tensor:
@@ -51,13 +54,17 @@ class Steps:
             self.cache.reach(slot, position + 1)
         return self._run(tokens, [list(positions), list(slots)])
 
+    def _view(self, end: int) -> int:
+        """Which of the views a step takes whose longest sequence has so many tokens."""
+        return int(len(self.views) > 1 and end > NEAR)
+
     def _run(self, tokens: Sequence[int], where: list[list[int]]) -> Tensor:
         device = self.cache.device
         there = torch.tensor(where, dtype=torch.int32, device=device)
-        return self._step(torch.tensor(tokens, device=device), there)
+        return self._step(torch.tensor(tokens, device=device), there, self._view(max(where[0]) + 1))
 
-    def _step(self, tokens: Tensor, where: Tensor) -> Tensor:
-        return self.model.logits(self.model(tokens, Batch.tokens(where[0], where[1]), self.cache))
+    def _step(self, tokens: Tensor, where: Tensor, view: int) -> Tensor:
+        return self.model.logits(self.model(tokens, Batch.tokens(where[0], where[1]), self.views[view]))
 
 
 class Graphs(Steps):
@@ -65,7 +72,7 @@ class Graphs(Steps):
 
     def __init__(self, model: Transformer, cache: DeviceCache, sizes: Sequence[int] = SIZES) -> None:
         super().__init__(model, cache)
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[tuple[int, int], _Captured] = {}
         self.sizes = tuple(sizes)
 
     @staticmethod
@@ -96,6 +103,14 @@ class Graphs(Steps):
     @torch.inference_mode()
     def capture(self, size: int) -> None:
         """Record the step of `size` sequences."""
+        for view in range(len(self.views)):
+            self._captured[size, view] = self._recorded(size, view)
+
+    def at(self, size: int, end: int) -> _Captured:
+        """What was recorded for `size` sequences of at most so many tokens."""
+        return self._captured[size, self._view(end)]
+
+    def _recorded(self, size: int, view: int) -> _Captured:
         device = self.cache.device
         tokens = torch.zeros(size, dtype=torch.int64, device=device)
         where = torch.zeros(2, size, dtype=torch.int32, device=device)
@@ -104,18 +119,18 @@ class Graphs(Steps):
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                self._step(tokens, where)
+                self._step(tokens, where, view)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
         # It captures on a stream of the current device, and after a failure does not come back from there by itself.
         with torch.cuda.device(device), torch.cuda.stream(here), torch.cuda.graph(graph):
-            logits = self._step(tokens, where)
-        self._captured[size] = _Captured(graph, tokens, where, logits)
+            logits = self._step(tokens, where, view)
+        return _Captured(graph, tokens, where, logits)
 
     def _run(self, tokens: Sequence[int], where: list[list[int]]) -> Tensor:
         count = len(tokens)
         size = next(s for s in self.sizes if s >= count)
-        captured, rest = self._captured[size], size - count
+        captured, rest = self.at(size, max(where[0]) + 1), size - count
         captured.tokens.copy_(torch.tensor([*tokens, *[0] * rest]), non_blocking=True)
         padded = [[*where[0], *[0] * rest], [*where[1], *[_NOBODY] * rest]]
         captured.where.copy_(torch.tensor(padded, dtype=torch.int32), non_blocking=True)

@@ -74,6 +74,7 @@ class Memory:
     tail     float32 [slots, ring, 2 * width]: values, then gates with their bias, of the last tokens
     entries  Rows [pages, 128 / ratio, ...]
     key_tail, keys   the indexer's tail and entries (ratio 4)
+    longest  tokens of the longest sequence of a step, if less than `table` has room for: the size of launches, no bit
     """
 
     ratio: int
@@ -84,6 +85,12 @@ class Memory:
     entries: Rows | None = None
     key_tail: Tensor | None = None
     keys: Keys | None = None
+    longest: int | None = None
+
+    @property
+    def most(self) -> int:
+        """Tokens that a step's sequence has at most."""
+        return self.longest or self.table.shape[1] * PAGE
 
 
 @beside("index_triton")

@@ -15,7 +15,7 @@ from fathom.kernels.attention import attend
 from fathom.kernels.decode import Memory
 from fathom.kernels.linear import linears
 from fathom.kernels.store import Norms, Projected
-from fathom.model.batch import TILE, Tile
+from fathom.model.batch import Tile
 from fathom.model.cache import LayerState
 from fathom.model.compressor import Compressor
 from fathom.model.indexer import Indexer, visible_entries
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
     def _tokens(self, made: Projected, weights: Tensor | None, step: Step, memory: Memory) -> Tensor:
         """[T, H, C] of the next token of each sequence."""
-        where, most = step.where, memory.table.shape[1] * TILE
+        where, most = step.where, memory.most
         q, index_q = store.prepare(made, where, memory, self._norms())
         chosen = None
         if index_q is not None and weights is not None:

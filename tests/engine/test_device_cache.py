@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -27,6 +28,7 @@ from fathom.engine.memory import Memory
 from fathom.engine.runner import DeviceRunner, Work
 from fathom.engine.service import Service
 from fathom.errors import ConfigError, ContextError
+from fathom.kernels import decode
 from fathom.model.batch import Batch, Span
 from fathom.model.cache import ContiguousCache
 from fathom.model.layers import Numerics
@@ -242,11 +244,34 @@ def test_a_graph_is_captured_on_the_device_of_its_cache(
     assert captured[0][0] == cache.device
 
 
+@torch.inference_mode()
+def test_launches_are_made_for_no_more_than_a_step_needs(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "NEAR", 256)
+    tokens, cache, asked = ids(11, 900), opened(), []
+    cache.bind(0, list(range(8)))
+    read(model, cache, [(tokens, Span(0, 896, 0))])
+    whole, attend = Steps(model, cache), decode.attend
+    whole.views = [cache]
+
+    def spied(*args: Any) -> Tensor:
+        asked.append(args[4])
+        return attend(*args)
+
+    monkeypatch.setattr(decode, "attend", spied)
+    for position in (3, 255, 256, 700):
+        asked.clear()
+        got = Steps(model, cache).run([int(tokens[position])], [position], [0])
+        assert {*asked} == {256 if position < 256 else 1024}
+        assert relative(got, whole.run([int(tokens[position])], [position], [0])) < TOLERANCE
+
+
 def test_experts_without_kernels_are_said_and_no_graph_is_tried(
     model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Torch's experts look at numbers on the host, which no capture allows."""
-    cache = Mock(device=torch.device("cuda"), slots=4)
+    cache = Mock(device=torch.device("cuda"), slots=4, max_context=1024)
     assert type(Graphs.of(model, cache)) is Steps and "not FP4" in caplog.text
     monkeypatch.setattr(Graphs, "capture", lambda graphs, size: None)
     for module in model.modules():
@@ -267,10 +292,10 @@ def test_a_broken_capture_says_what_broke_it(
     monkeypatch.setattr(Graphs, "capture", capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(graphs, "_without_kernels", lambda model: False)
-    assert type(Graphs.of(model, Mock(device=torch.device("cuda"), slots=4))) is Steps
+    assert type(Graphs.of(model, Mock(device=torch.device("cuda"), slots=4, max_context=1024))) is Steps
     assert [r.levelname for r in caplog.records] == ["WARNING"] and "a copy to the host" in caplog.text
     with pytest.raises(RuntimeError, match="capture failed"):  # among others, who go on taking graphs' steps
-        Graphs.of(model, Mock(device=torch.device("cuda"), slots=4), alone=False)
+        Graphs.of(model, Mock(device=torch.device("cuda"), slots=4, max_context=1024), alone=False)
 
 
 def test_a_device_at_fault_ends_the_requests_and_is_told_once(

@@ -20,7 +20,7 @@ from fathom.cli.bench_device import complete_launches
 from fathom.cli.bench_fill import filled
 from fathom.config import FLASH, WEIGHTS, ModelConfig
 from fathom.engine.device_cache import DeviceCache
-from fathom.engine.graphs import Graphs, Steps
+from fathom.engine.graphs import NEAR, Graphs, Steps
 from fathom.engine.llm import LLM
 from fathom.engine.memory import Memory
 from fathom.engine.request import pages_for
@@ -133,6 +133,26 @@ def test_launches_that_begin_early_change_no_bit(flash: Transformer, batch: int)
         want = late.run(*where).clone()
         for _ in range(20):
             assert torch.equal(early.run(*where), want), last
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_a_long_cache_changes_no_bit_of_a_near_step(flash: Transformer, batch: int) -> None:
+    pages = NEAR // 128
+    cache = DeviceCache(flash.config, batch, 1 << 13, 1 << 20, "cuda")
+    for slot in range(batch):
+        cache.bind(slot, [(97 * i + 11 * slot) % (1 << 13) for i in range(pages)])
+    filled(cache)
+    near, far = Graphs(flash, cache, (batch,)), Graphs(flash, cache, (batch,))
+    far.views = [cache]
+    near.capture(batch)
+    far.capture(batch)
+    assert len(near.views) == 2
+    for last in (700, 4095, NEAR - 1):
+        where = [7 * slot + 1 for slot in range(batch)], [last - slot for slot in range(batch)], list(range(batch))
+        want = far.run(*where).clone()
+        for _ in range(4):
+            assert torch.equal(near.run(*where), want), last
 
 
 def answers(llm: LLM, prompts: list[list[int]], at_once: bool) -> list[list[tuple[int, float]]]:

@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from fathom.checkpoint.names import kind_of
 from fathom.config import WEIGHTS, ModelConfig, preset
 from fathom.engine.device_cache import DeviceCache
+from fathom.engine.graphs import NEAR
 from fathom.kernels import common_triton, cuda, dispatch, experts_many_triton, mailbox, prefill_triton, sample_triton
 from fathom.kernels.mailbox import Mailbox, Unsummed, whole
 from fathom.model.batch import Batch, Span
@@ -197,7 +198,8 @@ def _computed(model: Transformer, packed: bool) -> None:
     cache._bound = [list(range(_LONG // 128))] * 32
     for count in _STEPS:
         where = _empty((2, count), torch.int32)
-        model.logits(model(_empty((count,), torch.int64), Batch.tokens(where[0], where[1]), cache))
+        for view in (cache, cache.within(NEAR)):
+            model.logits(model(_empty((count,), torch.int64), Batch.tokens(where[0], where[1]), view))
     for counts in _PROMPTS:
         for end in (False, True):
             spans = [Span(_LONG - 4096 if end else 0, count, slot) for slot, count in enumerate(counts)]
