@@ -3,8 +3,9 @@
     python benchmarks/decode.py [--only first,short,served,long,many,packed,peer,small] [--out FOLDER]
 
 first: from weights in place to the first token; short: 4K; served: 4K over a cache for 1M, as a server has it unless
---max-context says less; long: 128K and 1M; many: 32 sequences; packed: index keys as FP4; peer: five whole layers
-beside transformers; small: the embedded model, its own weights. Random weights are made in seconds; a part is one load.
+--max-context says less; engine: the same, planned, sampled and told by an engine; long: 128K and 1M; many: 32
+sequences; packed: index keys as FP4; peer: five whole layers beside transformers; small: the embedded model, its own
+weights. Random weights are made in seconds; a part is one load.
 Both ranks, each on a GPU of one machine, their sums included:
 
     python -m torch.distributed.run --nproc-per-node 2 benchmarks/decode.py [--only pair,pair-long]

@@ -111,6 +111,8 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[float, float | None, fl
             found |= _figures_of(report, row)
         if first := report.get("first_token"):
             found[f"first token, s, graphs of {len(first['sizes'])} sizes"] = (first["seconds"], None, None)
+        for row in report.get("engine", ()):
+            found[f"decode {row['context']} x {row['batch']} by an engine, ms"] = (1e3 * row["seconds"], None, None)
     return found
 
 
@@ -150,6 +152,9 @@ def _shown(name: str, report: dict[str, Any]) -> Iterator[str]:
         yield from remarks(report)
     if first := report.get("first_token"):
         yield f"First token {first['seconds']:.1f} s after the weights were in place; graphs: {first['sizes']}."
+    for row in report.get("engine", ()):
+        step = f"{1e3 * row['seconds']:.2f} ms a step, the median of {row['steps']}"
+        yield f"{row['batch']} answers after {row['context']} tokens, by an engine: {step}."
     if report.get("launches"):
         yield ""
         yield from breakdown(report["launches"])

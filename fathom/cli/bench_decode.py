@@ -9,11 +9,17 @@ step's did.
 
 from __future__ import annotations
 
+import itertools
+import random
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from threading import Semaphore
 from typing import TYPE_CHECKING, Any
 
+from fathom.api import Event, GenerateRequest, SamplingParams
 from fathom.cli.bench_device import DeviceJob, complete_launches, inference, launches, model_on, timed
 from fathom.cli.bench_fill import filled
 from fathom.cli.bench_floor import all_reduce_seconds, kept_bytes, step_bytes
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
 
     from fathom.engine.device_cache import DeviceCache
     from fathom.engine.graphs import Graphs
+    from fathom.engine.stream import Blocking
     from fathom.model.transformer import Transformer
 
 PAGE = 128
@@ -153,6 +160,36 @@ class DecodeBench:
             "kv_counted": kept,
             "kv_of_v32": other,
         }
+
+
+def through_engine(engine: Blocking, vocabulary: int, context: int, batch: int, tokens: int = 128) -> dict[str, Any]:
+    """A step of `batch` answers after `context` tokens as an engine makes it: planned, computed, sampled and told.
+
+    Its time is the median gap between one answer's tokens while all of them come.
+
+    engine: what has `submit`, with room for them and no other work.
+    """
+    told: list[list[float]] = [[] for _ in range(batch)]
+    rng = random.Random(batch)
+    done, params = Semaphore(0), SamplingParams(max_tokens=tokens + 8 * batch, temperature=0.0)
+    for times in told:
+        request = GenerateRequest(prompt_ids=rng.choices(range(3, vocabulary), k=context), params=params)
+        engine.submit(request, partial(_timed, times, done))
+    for _ in told:
+        done.acquire()
+    begin, end = max(times[0] for times in told), min(times[-1] for times in told)
+    inside = [at for at in told[0] if begin <= at <= end]
+    gaps = [after - before for before, after in itertools.pairwise(inside)]
+    if len(gaps) < tokens // 2:
+        raise ConfigError(f"only {len(gaps)} steps had all {batch} answers: their time would mean little")
+    return {"context": context, "batch": batch, "seconds": statistics.median(gaps), "steps": len(gaps)}
+
+
+def _timed(times: list[float], done: Semaphore, event: Event) -> None:
+    if event.token is not None:
+        times.append(time.perf_counter())
+    if event.finish is not None:
+        done.release()
 
 
 def closing(context: int) -> list[tuple[int, int]]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
 
+from fathom.api import Event, FinishReason, GenerateRequest, Ticket
 from fathom.checkpoint.synthetic import synthetic_model
-from fathom.cli.bench_decode import closing
+from fathom.cli.bench_decode import closing, through_engine
 from fathom.cli.bench_device import DeviceJob, by_kernel, gpu, whole_config
 from fathom.cli.bench_fill import filled
 from fathom.cli.bench_floor import step_bytes
@@ -19,6 +23,7 @@ from fathom.cli.main import run
 from fathom.config import FLASH, ModelConfig, Quantization
 from fathom.engine.device_cache import DeviceCache
 from fathom.engine.graphs import Steps
+from fathom.engine.stream import Blocking, Sink
 from fathom.errors import CheckpointError, ConfigError
 from fathom.model.batch import Batch
 from fathom.model.layers import Numerics
@@ -189,11 +194,35 @@ def test_words_of_other_reports() -> None:
     assert "transformers 5.17" in text and "27.3" in text and "27.30" in text
 
 
+class Metronome(Blocking):
+    """Answers that begin one after the other and then come a token every 3 ms."""
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> Ticket:
+        def play() -> None:
+            for i in range(request.params.max_tokens or 0):
+                time.sleep(0.003)
+                sink(Event(token=i))
+            sink(Event(finish=FinishReason.LENGTH))
+
+        time.sleep(0.05)
+        threading.Thread(target=play).start()
+        return cast(Ticket, None)
+
+
+def test_an_engine_is_timed_while_all_answers_come() -> None:
+    row = through_engine(Metronome(), 100, 10, 4, tokens=64)
+    assert 0.003 <= row["seconds"] < 0.006 and 32 < row["steps"] < 96 and row["batch"] == 4
+    with pytest.raises(ConfigError, match="all 8 answers"):
+        through_engine(Metronome(), 100, 10, 8, tokens=32)
+
+
 def test_the_page_of_all_figures() -> None:
     from benchmarks.gpu_page import figures, page
 
     parts = {"long": decode_report(), "first": decode_report(first_token={"seconds": 31.0, "sizes": [1, 2]})}
     del parts["first"]["rows"]
+    parts["engine"] = parts["first"] | {"engine": [{"context": 9, "batch": 2, "seconds": 0.004, "steps": 7}]}
+    assert figures(parts)["decode 9 x 2 by an engine, ms"][0] == 4 and "by an engine: 4.00 ms" in "\n".join(page(parts))
     assert figures(parts)["decode 1048576 x 8, fp8 keys, ms"] == pytest.approx((5.12, 5.66, 2.56))
     text = "\n".join(page(parts))
     assert "## long" in text and "First token 31.0 s" in text and "| 2 " in text
