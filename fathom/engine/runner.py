@@ -60,7 +60,10 @@ class Runner(Protocol):
     """One model over one cache."""
 
     def run(self, works: Sequence[Work]) -> Tensor:
-        """Compute all of a step, one work a sequence; float32 logits [S, V] of the S that sample, in their order."""
+        """Compute all of a step, one work a sequence; float32 logits [S, V] of the S that sample, in their order.
+
+        The next run may overwrite them.
+        """
 
 
 class TileRunner:
@@ -109,6 +112,8 @@ class DeviceRunner:
         for work in works:
             self.cache.bind(work.slot, work.pages)
         single = [work for work in works if work.is_token]
+        if len(single) == len(works) <= MOST and works:
+            return self._together(single)  # most steps: nothing is copied
         logits = dict(zip((w.slot for w in single), self._step(single) if single else (), strict=True))
         others = [work for work in works if not work.is_token]
         logits |= self._prompts([work for work in others if work.start < work.prompt])
@@ -138,12 +143,11 @@ class DeviceRunner:
 
     def _step(self, works: list[Work]) -> Tensor:
         """The next token of every sequence."""
-        parts = [self._together(works[i : i + MOST]) for i in range(0, len(works), MOST)]
-        return torch.cat(parts)
+        return torch.cat([self._together(works[i : i + MOST]).clone() for i in range(0, len(works), MOST)])
 
     def _together(self, works: list[Work]) -> Tensor:
         tokens, starts = [work.tokens[0] for work in works], [work.start for work in works]
-        return self.steps.run(tokens, starts, [work.slot for work in works]).clone()
+        return self.steps.run(tokens, starts, [work.slot for work in works])
 
     def _prompts(self, works: list[Work]) -> dict[int, Tensor]:
         """The parts that belong to prompts, all at once; by slot, logits of those that end there and sample."""
