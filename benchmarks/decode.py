@@ -1,6 +1,6 @@
 """Decode of V4-Flash on one H200: random weights of every size of the real ones, one rank of two.
 
-    python benchmarks/decode.py [--only first,short,served,long,many,packed,peer,small] [--out FOLDER]
+    python benchmarks/decode.py [--only first,short,served,long,many,packed,engine,peer,small] [--out FOLDER]
 
 first: from weights in place to the first token; short: 4K; served: 4K over a cache for 1M, as a server has it unless
 --max-context says less; engine: the same, planned, sampled and told by an engine; long: 128K and 1M; many: 32
@@ -20,7 +20,7 @@ from typing import Any
 
 from gpu_page import take
 
-from fathom.cli.bench_decode import DecodeBench
+from fathom.cli.bench_decode import DecodeBench, through_engine
 from fathom.cli.bench_device import DeviceJob, asked, gpu, measure, ranks, where, whole_config
 from fathom.engine.graphs import SIZES
 
@@ -53,6 +53,18 @@ def first() -> dict[str, Any]:
     return {**said, "first_token": made.first_token(SIZES)}
 
 
+def engine() -> dict[str, Any]:
+    """The part about steps that an engine makes, over a cache of the whole context, as a server has it."""
+    from fathom.engine.llm import LLM
+
+    made, said = bench()
+    llm = LLM(made.model)
+    tokens = made.config.vocab_size // 2  # a rank's logits
+    rows = [through_engine(llm, tokens, 4 * K, batch) for batch in (1, 8, 32)]
+    llm.close()
+    return {**said, "engine": rows}
+
+
 def peer() -> dict[str, Any]:
     """The part beside transformers: whole layers, SWA, CSA, HCA, CSA, HCA."""
     ratios = (0, 4, 128, 4, 128)
@@ -74,6 +86,7 @@ PARTS = {
     "long": partial(rows, ((128 * K, 1), (128 * K, 8), (M, 1))),
     "many": partial(rows, ((128 * K, 32), (4 * K, 8))),
     "packed": partial(rows, ((4 * K, 1), (M, 1)), "fp4"),
+    "engine": engine,
     "peer": peer,
     "small": small,
 }
