@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -58,8 +59,9 @@ def engine() -> dict[str, Any]:
     from fathom.engine.llm import LLM
 
     made, said = bench()
-    llm = LLM(made.model)
-    tokens = made.config.vocab_size // 2  # a rank's logits
+    # Random weights would end answers anywhere: by a token that the half of the vocabulary of a rank does not have.
+    made.model.config = replace(made.model.config, eos_token_id=made.config.vocab_size - 1)
+    llm, tokens = LLM(made.model), made.config.vocab_size // 2
     rows = [through_engine(llm, tokens, 4 * K, batch) for batch in (1, 8, 32)]
     llm.close()
     return {**said, "engine": rows}
