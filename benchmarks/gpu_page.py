@@ -84,7 +84,7 @@ def store(folder: Path, parts: Mapping[str, Any]) -> None:
 
 def page(parts: Mapping[str, Any]) -> Iterator[str]:
     """The page: figures in one table, then every part with its own."""
-    yield "# Speed on one H200"
+    yield "# Speed on one H200, and on two"
     yield ""
     yield from _NOTES
     cells = [_figure(name, *values) for name, values in figures(parts).items()]
