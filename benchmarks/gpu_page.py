@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fathom.cli.bench_table import breakdown, grid, heading, remarks, rows_of
+from fathom.errors import FathomError
 
 RESULTS = Path(__file__).parent / "results"
 Part = Callable[[], dict[str, Any]]
@@ -55,7 +56,10 @@ def take(parts: Mapping[str, Part]) -> None:
         parser.error(f"unknown part {min(unknown)}: use {', '.join(parts)}")
     for name in names:
         begin = time.perf_counter()
-        report = parts[name]()
+        try:
+            report = parts[name]()
+        except FathomError as error:
+            parser.error(str(error))
         if not leads:
             continue
         report["commit"] = given.commit or report["commit"]

@@ -41,7 +41,7 @@ class Ranks:
     """This process among `count` that hold one model, joined; it computes on `device`. On a GPU each has its own.
 
     store: where the processes of one host meet; without it, torchrun's environment describes them.
-    Raises ConfigError in a process that is a rank already.
+    Raises ConfigError in a process that is a rank already, and without that GPU.
     """
 
     def __init__(self, kind: str = "cuda", rank: int = 0, count: int = 1, store: Any = None) -> None:
@@ -52,6 +52,8 @@ class Ranks:
             rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         else:  # whoever brings the store sees to it that nobody waits for who is gone: NCCL would abort the process
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        if kind == "cuda" and local >= torch.cuda.device_count():
+            raise ConfigError(f"rank {rank} of {count} needs GPU {local}, and torch sees {torch.cuda.device_count()}")
         self.rank, self.count = rank, count
         self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         if kind == "cuda":
