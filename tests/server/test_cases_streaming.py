@@ -302,7 +302,8 @@ def test_a_stream_is_sent_as_it_is_made(site: Site) -> None:
     """The first words arrive long before the last."""
     engine = site.script("</think>" + "word " * 1000, delay=0.02)
     with site.raw.stream("POST", "/chat/completions", json=stream_body()) as answer:
-        assert next(line for line in answer.iter_lines() if '"content":"' in line)
+        lines = answer.iter_lines()  # held: dropping the iterator hangs up, and the answer would end
+        assert next(line for line in lines if '"content":"' in line)
         assert engine.status().running == 1
     assert eventually(lambda: engine.status().running == 0)
 
