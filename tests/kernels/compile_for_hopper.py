@@ -4,8 +4,9 @@ The interpreter accepts what the compiler does not (types that change in a loop,
 model without memory (torch's meta device) goes through steps of tokens and pieces of prompts, at the sizes of V4-Flash,
 of one rank of two and of the embedded model, and samples. Every launch is compiled to machine code instead of run, once
 for Hopper with all that it has, once for Hopper without NVRTC, where Triton's kernels stand for CUDA's, once for the
-oldest device that has kernels. CUDA sources are compiled where NVRTC is found. Prints a line a kernel, and ends with 1
-if one does not compile, or needs more shared memory than Hopper has.
+oldest device that has kernels. CUDA sources are compiled where NVRTC is found, and what they do while tensor cores work
+is looked at (`machine_code`). Prints a line a kernel, and ends with 1 if one does not compile, or needs more shared
+memory than Hopper has.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from fathom.model.layers import Linear, Numerics
 from fathom.model.moe import Experts
 from fathom.model.transformer import Transformer
 from fathom.parallel.plan import rank_model, summed
+from tests.kernels.machine_code import listing, overwritten
 
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
@@ -118,8 +120,14 @@ def _source(file: str, name: str, device: torch.device, shared: int = 0, **const
     """What stands in for `cuda.kernel`."""
     options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{k}={v}" for k, v in constants.items())]
     text = Path(cuda.__file__).with_name(file).read_text()
+
+    def compile_it() -> None:
+        code = cuda.compiled(text, options)
+        found = overwritten(listing(code)) if "wgmma" in text else []
+        assert not found, f"written while a product is under way: {found[:3]}"
+
     if _has_nvrtc():
-        _once(f"{file} {options}", f"{file} {name} {constants}", lambda: cuda.compiled(text, options))
+        _once(f"{file} {options}", f"{file} {name} {constants}", compile_it)
     return lambda *arguments, **named: None
 
 
