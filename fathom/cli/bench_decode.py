@@ -19,7 +19,7 @@ from functools import partial
 from threading import Semaphore
 from typing import TYPE_CHECKING, Any
 
-from fathom.api import Event, GenerateRequest, SamplingParams
+from fathom.api import Event, FinishReason, GenerateRequest, SamplingParams
 from fathom.cli.bench_device import DeviceJob, complete_launches, inference, launches, model_on, timed
 from fathom.cli.bench_fill import filled
 from fathom.cli.bench_floor import all_reduce_seconds, kept_bytes, step_bytes
@@ -66,7 +66,7 @@ class DecodeBench:
             ready = time.perf_counter() - begin
             filled(cache)
             kinds = [self._kind(graphs, position, often, batch) for position, often in closing(context)]
-            experts = _distinct(chosen)
+            experts = _distinct(_of_view(chosen, graphs, context))
             if breakdown:
                 self.launches = self._breakdown(graphs, context, batch)
         seconds = sum(kind["seconds"] * kind["often"] for kind in kinds) / sum(kind["often"] for kind in kinds)
@@ -98,7 +98,8 @@ class DecodeBench:
             graphs = self._captured(cache, sizes)
             DeviceRunner(self.model, cache, graphs).warm_up(min(context, 4096))
             self._first(graphs, 2 * PAGE + 2, 1)
-        return {"seconds": time.perf_counter() - begin, "sizes": list(sizes)}
+        captured = len(sizes) * len(graphs.views)
+        return {"seconds": time.perf_counter() - begin, "sizes": list(sizes), "graphs": captured}
 
     def _cache(self, context: int, batch: int) -> DeviceCache:
         """Room for the sequences, each with pages of its own."""
@@ -167,16 +168,18 @@ def through_engine(engine: Blocking, vocabulary: int, context: int, batch: int, 
 
     Its time is the median gap between one answer's tokens while all of them come.
 
-    engine: what has `submit`, with room for them and no other work.
+    engine: what has `submit`, with room for them and no other work. Raises ConfigError with what an answer failed of.
     """
-    told: list[list[float]] = [[] for _ in range(batch)]
+    told, errors = [list[float]() for _ in range(batch)], list[str]()
     rng = random.Random(batch)
     done, params = Semaphore(0), SamplingParams(max_tokens=tokens + 8 * batch, temperature=0.0)
     for times in told:
         request = GenerateRequest(prompt_ids=rng.choices(range(3, vocabulary), k=context), params=params)
-        engine.submit(request, partial(_timed, times, done))
+        engine.submit(request, partial(_timed, times, errors, done))
     for _ in told:
         done.acquire()
+    if errors:
+        raise ConfigError(errors[0])
     begin, end = max(times[0] for times in told), min(times[-1] for times in told)
     inside = [at for at in told[0] if begin <= at <= end]
     gaps = [after - before for before, after in itertools.pairwise(inside)]
@@ -185,9 +188,11 @@ def through_engine(engine: Blocking, vocabulary: int, context: int, batch: int, 
     return {"context": context, "batch": batch, "seconds": statistics.median(gaps), "steps": len(gaps)}
 
 
-def _timed(times: list[float], done: Semaphore, event: Event) -> None:
+def _timed(times: list[float], errors: list[str], done: Semaphore, event: Event) -> None:
     if event.token is not None:
         times.append(time.perf_counter())
+    if event.finish not in (None, FinishReason.LENGTH, FinishReason.STOP):
+        errors.append(event.error or f"an answer ended: {event.finish}")
     if event.finish is not None:
         done.release()
 
@@ -220,6 +225,12 @@ def chosen_experts(model: Transformer) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _of_view(chosen: Sequence[Tensor], graphs: Graphs, context: int) -> Sequence[Tensor]:
+    """Those of the graph that a step after `context` tokens replays: one has been captured for each view."""
+    each = len(chosen) // len(graphs.views)
+    return chosen[each * graphs.view(context) :][:each]
 
 
 def _distinct(chosen: Sequence[Tensor]) -> float | None:

@@ -54,14 +54,14 @@ class Steps:
             self.cache.reach(slot, position + 1)
         return self._run(tokens, [list(positions), list(slots)])
 
-    def _view(self, end: int) -> int:
+    def view(self, end: int) -> int:
         """Which of the views a step takes whose longest sequence has so many tokens."""
         return int(len(self.views) > 1 and end > NEAR)
 
     def _run(self, tokens: Sequence[int], where: list[list[int]]) -> Tensor:
         device = self.cache.device
         there = torch.tensor(where, dtype=torch.int32, device=device)
-        return self._step(torch.tensor(tokens, device=device), there, self._view(max(where[0]) + 1))
+        return self._step(torch.tensor(tokens, device=device), there, self.view(max(where[0]) + 1))
 
     def _step(self, tokens: Tensor, where: Tensor, view: int) -> Tensor:
         return self.model.logits(self.model(tokens, Batch.tokens(where[0], where[1]), self.views[view]))
@@ -108,7 +108,7 @@ class Graphs(Steps):
 
     def at(self, size: int, end: int) -> _Captured:
         """What was recorded for `size` sequences of at most so many tokens."""
-        return self._captured[size, self._view(end)]
+        return self._captured[size, self.view(end)]
 
     def _recorded(self, size: int, view: int) -> _Captured:
         device = self.cache.device
@@ -122,8 +122,9 @@ class Graphs(Steps):
                 self._step(tokens, where, view)
         torch.cuda.current_stream(device).wait_stream(stream)
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
-        # It captures on a stream of the current device, and after a failure does not come back from there by itself.
-        with torch.cuda.device(device), torch.cuda.stream(here), torch.cuda.graph(graph):
+        # Left to itself it captures on a stream of the first model's device, and breaks with what other threads do.
+        record = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(device), torch.cuda.stream(here), record:  # after a failure it does not go back there
             logits = self._step(tokens, where, view)
         return _Captured(graph, tokens, where, logits)
 

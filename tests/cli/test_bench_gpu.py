@@ -216,12 +216,33 @@ def test_an_engine_is_timed_while_all_answers_come() -> None:
         through_engine(Metronome(), 100, 10, 8, tokens=32)
 
 
+class Poor(Blocking):
+    """Has no memory for the second answer."""
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> Ticket:
+        self.asked = getattr(self, "asked", 0) + 1
+        sink(Event(token=1))
+        sink(Event(finish=FinishReason.ERROR, error="out of memory") if self.asked == 2 else END)
+        return cast(Ticket, None)
+
+
+END = Event(finish=FinishReason.LENGTH)
+
+
+def test_an_engine_that_fails_says_why() -> None:
+    with pytest.raises(ConfigError, match="out of memory"):
+        through_engine(Poor(), 100, 10, 3)
+
+
 def test_the_page_of_all_figures() -> None:
     from benchmarks.gpu_page import figures, page
 
     parts = {"long": decode_report(), "first": decode_report(first_token={"seconds": 31.0, "sizes": [1, 2]})}
     del parts["first"]["rows"]
     parts["engine"] = parts["first"] | {"engine": [{"context": 9, "batch": 2, "seconds": 0.004, "steps": 7}]}
+    assert figures(parts)["first token, s, 2 graphs"][0] == 31
+    parts["first"]["first_token"] |= {"graphs": 4}
+    assert figures(parts)["first token, s, 4 graphs"][0] == 31
     assert figures(parts)["decode 9 x 2 by an engine, ms"][0] == 4 and "by an engine: 4.00 ms" in "\n".join(page(parts))
     assert figures(parts)["decode 1048576 x 8, fp8 keys, ms"] == pytest.approx((5.12, 5.66, 2.56))
     text = "\n".join(page(parts))

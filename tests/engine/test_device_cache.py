@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from fathom.api import Event, FinishReason, GenerateRequest, SamplingParams
 from fathom.checkpoint.synthetic import synthetic_model
+from fathom.cli import bench_decode
+from fathom.cli.bench_decode import chosen_experts
 from fathom.config import WEIGHTS, ModelConfig
 from fathom.engine import engine, graphs
 from fathom.engine import memory as furnishing
@@ -33,6 +36,7 @@ from fathom.model.batch import Batch, Span
 from fathom.model.cache import ContiguousCache
 from fathom.model.layers import Numerics
 from fathom.model.moe import Experts
+from fathom.model.transformer import Transformer
 
 SMALL = ModelConfig.load(WEIGHTS / "small")
 CONFIG = replace(
@@ -220,28 +224,60 @@ def test_pages_that_did_not_reach_the_table_are_not_bound() -> None:
             cache.bind(0, [5, 1 << 40])
 
 
-@torch.inference_mode()
-def test_a_graph_is_captured_on_the_device_of_its_cache(
-    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The stream that captures is one of the current device, which need not be the cache's."""
-    entered: list[object] = []
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[list[object]]:
+    """Captures pass on a CPU: what had been entered when each began, and the device of the stream that captured."""
+    entered, begun = list[object](), list[list[object]]()
 
     @contextmanager
-    def within(what: object) -> Iterator[None]:
-        entered.append(what)
+    def within(*what: object) -> Iterator[None]:
+        entered.extend(what)
         yield
-        entered.remove(what)
+        del entered[len(entered) - len(what) :]
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Mock())
+    def capture(graph: object, stream: Mock, **rest: object) -> Any:
+        begun.append([*entered, stream.device])
+        return within("a capture")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Mock(device=device))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Mock())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
     monkeypatch.setattr(torch.cuda, "device", within)
     monkeypatch.setattr(torch.cuda, "stream", within)
-    captured = []
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: within(captured.append(list(entered))))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "a capture" in entered)
+    return begun
+
+
+@torch.inference_mode()
+def test_a_graph_is_captured_on_the_device_of_its_cache(model: Transformer, captures: list[list[object]]) -> None:
+    """Torch's own stream for it is one of the device that was current at the first capture."""
     Graphs(model, cache := opened(), (1,)).capture(1)
-    assert captured[0][0] == cache.device
+    assert captures and all(found[-1] == cache.device for found in captures)
+
+
+@torch.inference_mode()
+def test_near_and_far_steps_have_graphs_of_their_own(
+    model: Transformer, captures: list[list[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "NEAR", 256)
+    made, during, step = Graphs(model, opened(), (1, 4)), list[int](), Graphs._step
+
+    def seen(self: Graphs, tokens: Tensor, where: Tensor, view: int) -> Tensor:
+        before = len(chosen)
+        out = step(self, tokens, where, view)
+        during.extend([view] * (len(chosen) - before))
+        return out
+
+    monkeypatch.setattr(Graphs, "_step", seen)
+    with chosen_experts(model) as chosen:
+        made.capture(4)
+    assert len(captures) == 2 and made.at(4, 256) is not made.at(4, 257)
+    assert made.at(4, 1) is made.at(4, 256) and made.at(4, 257) is made.at(4, 1000)
+    for context, view in ((256, 0), (257, 1)):  # the experts that a benchmark counts are those of the graph it times
+        own = bench_decode._of_view(chosen, made, context)
+        want = [ids for ids, captured in zip(chosen, during, strict=True) if captured == view]
+        assert len(own) == CONFIG.num_hidden_layers and all(map(operator.is_, own, want))
 
 
 @torch.inference_mode()

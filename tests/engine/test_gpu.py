@@ -138,7 +138,8 @@ def test_launches_that_begin_early_change_no_bit(flash: Transformer, batch: int)
 @torch.inference_mode()
 @pytest.mark.parametrize("batch", [1, 3, 32])
 def test_a_long_cache_changes_no_bit_of_a_near_step(flash: Transformer, batch: int) -> None:
-    pages = NEAR // 128
+    """A step of 32,772 tokens has the first entry that launches for near ones would leave out."""
+    pages = NEAR // 128 + 1
     cache = DeviceCache(flash.config, batch, 1 << 13, 1 << 20, "cuda")
     for slot in range(batch):
         cache.bind(slot, [(97 * i + 11 * slot) % (1 << 13) for i in range(pages)])
@@ -148,8 +149,9 @@ def test_a_long_cache_changes_no_bit_of_a_near_step(flash: Transformer, batch: i
     near.capture(batch)
     far.capture(batch)
     assert len(near.views) == 2
-    for last in (700, 4095, NEAR - 1):
-        where = [7 * slot + 1 for slot in range(batch)], [last - slot for slot in range(batch)], list(range(batch))
+    places = [[last - slot for slot in range(batch)] for last in (700, 4095, NEAR - 1, NEAR + 4 + batch)]
+    for last in [*places, [NEAR + 99, *places[0]][:batch]]:
+        where = [7 * slot + 1 for slot in range(batch)], last, list(range(batch))
         want = far.run(*where).clone()
         for _ in range(4):
             assert torch.equal(near.run(*where), want), last
@@ -222,6 +224,8 @@ def test_the_embedded_model_answers_as_on_a_cpu() -> None:
 def test_a_prompt_of_a_million_tokens() -> None:
     ids = torch.randint(3, 1200, (1_048_000,), generator=torch.Generator().manual_seed(5)).tolist()
     llm = LLM.load("small", device="cuda", memory=Memory(slots=1, host=0))
+    assert isinstance(llm.core._runner, DeviceRunner) and isinstance(llm.core._runner.steps, Graphs)
+    assert len(llm.core._runner.steps.views) == 2
     begin = time.perf_counter()
     events = list(llm.generate(ids, SamplingParams(max_tokens=4, temperature=0.0)))
     took, cache = time.perf_counter() - begin, llm.core.cache
