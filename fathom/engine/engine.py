@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -104,16 +104,20 @@ class Core:
 
     def step(self) -> bool:
         """Compute one step; False if there was nothing to compute. Whatever fails, the next step can be made."""
-        with self._team.working() if self._team else nullcontext():
-            return self._safely(self._step) is not False
+        return self._safely(self._step) is not False
 
     def _safely(self, action: Callable[[], bool | None]) -> bool | None:
         """Do it; None after a failure that nobody foresaw, which ends all requests but not the engine."""
-        try:
-            return action()
-        except Exception as error:
-            self._start_over(error)
-            return None
+        with self._working():
+            try:
+                return action()
+            except Exception as error:
+                self._start_over(error)
+                return None
+
+    def _working(self) -> AbstractContextManager[None]:
+        """Around whatever may wait for a device, and so for another rank."""
+        return self._team.working() if self._team else nullcontext()
 
     def _step(self) -> bool:
         plan = self.scheduler.plan()
@@ -148,7 +152,8 @@ class Core:
         for sequence in list(self._samplers):
             self.cancel(sequence)
         try:
-            self.prefix.close()
+            with self._working():
+                self.prefix.close()
         finally:
             if self._team:
                 self._team.close()

@@ -36,8 +36,8 @@ from fathom.parallel.tensor import Ranks, meeting_place
 
 _PATIENCE = 30.0
 """Seconds that a process may take to end by itself once its team is lost; where torch sums, its GPU waits for ever."""
-LONGEST = 600.0
-"""Seconds of a step after which a rank counts as lost, though it lives."""
+LONGEST = 540.0
+"""Seconds of a step after which a rank counts as lost, though it lives. NCCL's own patience is 600."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,8 @@ class Team:
         pages = min(room(model, memory, context), *self._answers())
         self.tell(pages)
         try:
-            cache, runner = furnish(model, memory, context, pages, alone=False)
+            with self.working():
+                cache, runner = furnish(model, memory, context, pages, alone=False)
         except Exception as error:
             raise ConfigError(str(self._failed(error))) from error
         return Shared(self, cache), Led(self, runner)
@@ -141,19 +142,20 @@ class Team:
             for process in self._others:
                 process.kill()
             threading.Thread(target=self.on_loss, args=(self.lost,), daemon=True).start()
-            if self._joined:
+            if joined := self._joined:  # `close` forgets it
                 with suppress(RuntimeError):  # of a group that cannot be aborted: on_loss ends the process
-                    self._joined.give_up()
+                    joined.give_up()
         return FathomError(self.lost)
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """What is to end in LONGEST seconds, or the team is lost: a rank that hangs says nothing."""
-        self._since = time.monotonic()
+        """What is to end in LONGEST seconds, or the team is lost: a rank that hangs says nothing. One thread's."""
+        before = self._since
+        self._since = before or time.monotonic()
         try:
             yield
         finally:
-            self._since = None
+            self._since = before
 
     def _watch(self) -> None:
         while not self._closed.wait(LONGEST / 100):

@@ -41,6 +41,7 @@ struct Mailbox {
 
 // Where a word of a block's sum stands among those that a rank has for one sender. Two sums' worth are enough: a rank that
 // leaves its part of a sum has the others' of the sum before, which they left when they were done with the one before that.
+// (After 2^32 sums of a block numbers begin anew: by then a step has written every word that it looks at.)
 __device__ __forceinline__ int place_of(const Mailbox& box, int block, u32 number, int word) {
     return ((number & 1) * box.ranks * BLOCKS + block) * WORDS + word;
 }

@@ -41,12 +41,16 @@ class Mailbox:
     """One rank's.
 
     places: the addresses of every rank's words (`words`), its own among them, as this process sees them; all are zero
-    before the first sum. words: its own, to be kept. most_blocks: of a grid that waits; the same on all ranks, since it
-    decides which kernel makes a sum, and each lays the words out in its way.
+    before the first sum. words: its own, to be kept. most_blocks: of a grid that waits; by_readers: whether who reads a
+    sum may make it. Both are the same on all ranks: they decide which kernel makes a sum, and each lays the words out
+    in its way.
     """
 
-    def __init__(self, rank: int, places: Sequence[int], words: Tensor, most_blocks: int) -> None:
+    def __init__(
+        self, rank: int, places: Sequence[int], words: Tensor, most_blocks: int, by_readers: bool = True
+    ) -> None:
         self.rank, self.ranks, self.device, self.most_blocks = rank, len(places), words.device, min(most_blocks, BLOCKS)
+        self.by_readers = by_readers
         self._words = words
         self._numbers = torch.zeros(BLOCKS, dtype=torch.int32, device=words.device)
         self._stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)

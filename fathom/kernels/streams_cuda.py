@@ -8,6 +8,7 @@ not depend on the others. Other shapes go to `streams_triton`.
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fathom.kernels import quant_triton, streams_triton
-from fathom.kernels.cuda import compiles, kernel, pointer
+from fathom.kernels.cuda import KernelError, compiles, kernel, pointer
 from fathom.kernels.mailbox import NO_BOX, Unsummed, whole
 
+_log = logging.getLogger("fathom.kernels")
 _SLICE, _COLUMNS, _STREAMS, _WIDEST, _MOST = 64, 32, 4, 8192, 64
 _projected: Any = WeakIdKeyDictionary()
 """Of streams that `after` has made: the mixing weights that it projected them with, and the sums."""
@@ -47,6 +49,17 @@ def after(y: Tensor | Unsummed, x: Tensor, post: Tensor, comb: Tensor, following
     return out
 
 
+def sums(device: torch.device, ranks: int) -> bool:
+    """Whether `after` can make the sums of so many ranks here. All of them are to go the same way."""
+    try:
+        return compiles(device, "streams.cu") and bool(
+            kernel("streams.cu", "turn", device, D=4096, ROWS=24, ROUNDS=1, TOKENS=1, RANKS=ranks)
+        )
+    except KernelError as error:
+        _log.warning("sums over ranks: in launches of their own (%s)", error)
+        return False
+
+
 def folded(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, weight: Tensor, eps: float, hc_eps: float) -> Any:
     """`streams.folded`, likewise."""
     if not _has(x, weight):
@@ -68,7 +81,12 @@ def _turn(x: Tensor, fn: Tensor, into: tuple[Tensor | Unsummed, Tensor, Tensor] 
     own, box = y if isinstance(y, Unsummed) else (y, None)
     ranks, argument = (box.ranks, box.argument) if box else (1, NO_BOX)
     constants = {"D": hidden, "ROWS": len(fn), "ROUNDS": 1, "TOKENS": _together(tokens), "RANKS": ranks}
-    run = kernel("streams.cu", "turn", x.device, **constants)
+    try:
+        run = kernel("streams.cu", "turn", x.device, **constants)
+    except KernelError as error:
+        if box:  # the others do not know: another kernel would wait for words that they do not write
+            raise RuntimeError(f"this rank cannot make a sum that the others make: {error}") from error
+        raise
     own = own if own is None else own.contiguous()
     tensors = (own, x, post, comb, out, fn, sums)
     run(_grid(tokens, hidden), 128, x.device, *map(pointer, tensors), argument, ctypes.c_int(tokens))

@@ -52,6 +52,7 @@ class Ranks:
             rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         else:  # whoever brings the store sees to it that nobody waits for who is gone: NCCL would abort the process
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+            os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
         if kind == "cuda" and local >= torch.cuda.device_count():
             raise ConfigError(f"rank {rank} of {count} needs GPU {local}, and torch sees {torch.cuda.device_count()}")
         self.rank, self.count = rank, count
@@ -61,15 +62,15 @@ class Ranks:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=rank, world_size=count)
         assert dist.group.WORLD is not None
         self._group = dist.group.WORLD.group_name
-        self._box = self._shared = None
-        if kind == "cuda" and mailbox.works(self.device, count):
-            self._box = self._posted()
-        elif kind == "cuda":
-            self._shared, _ = self._meet(SMALL // 2, torch.bfloat16)
+        self._box: Mailbox | None = None
+        self._shared: Tensor | None = None
+        if kind == "cuda":
+            self._open()
 
     def sum_later(self, part: Tensor) -> Tensor | Unsummed:
         """`sum`, which may be left to its reader."""
-        return Unsummed(part, self._box) if self._box and self._box.takes(part) else self.sum(part)
+        later = self._box and self._box.by_readers and self._box.takes(part)
+        return Unsummed(part, self._box) if self._box and later else self.sum(part)
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of all ranks' parts; the part may be overwritten."""
@@ -94,13 +95,30 @@ class Ranks:
             dist.all_gather(parts, part)
         return parts
 
+    def _open(self) -> None:
+        """The memory in which small sums are made. Raises ConfigError where the ranks cannot see each other's."""
+        try:
+            if mailbox.works(self.device, self.count):
+                self._box = self._posted()
+            else:
+                self._shared, _ = self._meet(SMALL // 2, torch.bfloat16)
+        except RuntimeError as error:
+            dist.destroy_process_group()
+            why = str(error).splitlines()[0]
+            raise ConfigError(f"the {self.count} GPUs of a model must see each other's memory ({why})") from error
+
     def _posted(self) -> Mailbox:
+        from fathom.kernels import streams_cuda
+
         words, seen = self._meet(mailbox.words(self.count), torch.int64)
         places = [seen.get_buffer(rank, words.shape, words.dtype).data_ptr() for rank in range(self.count)]
+        assert places[self.rank] == words.data_ptr(), "symmetric memory that does not begin where its tensor does"
         words.zero_()
-        least = torch.tensor([mailbox.resident(self.device)], device=self.device)
+        own = [mailbox.resident(self.device), int(streams_cuda.sums(self.device, self.count))]
+        least = torch.tensor(own, device=self.device)
         dist.all_reduce(least, dist.ReduceOp.MIN)  # before that nobody may write
-        made = Mailbox(self.rank, places, words, int(least))
+        blocks, by_readers = least.tolist()
+        made = Mailbox(self.rank, places, words, blocks, bool(by_readers))
         torch.cuda.synchronize(self.device)
         return made
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -126,16 +127,41 @@ def test_a_lost_rank_ends_every_request_with_its_reason(folder: Path) -> None:
 
 
 def test_a_rank_that_hangs_counts_as_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(team, "LONGEST", 2.0)
+    monkeypatch.setattr(team, "LONGEST", 100.0)  # looked at every second
     pair = LLM.load(folder, tp=2, memory=Memory(slots=2))
     assert pair.team
     pair.team.on_loss = lambda reason: None
     stream = pair.generate(prompts(15, (30,))[0], replace(PARAMS, max_tokens=100_000))
     next(stream)
     os.kill(pair.team._others[0].pid, signal.SIGSTOP)
+    monkeypatch.setattr(team, "LONGEST", 2.0)
     *_, end = stream
     pair.close()
     assert end.finish is FinishReason.ERROR and "a step has not ended for 2 seconds" in (end.error or "")
+
+
+def test_whatever_may_wait_for_a_rank_is_watched(folder: Path, tmp_path: Path) -> None:
+    """What is read to be kept waits for the device: in a step, after an answer that is given up, at the end."""
+    pair = LLM.load(folder, tp=2, memory=Memory(slots=2, folder=tmp_path / "kv"))
+    assert pair.team and isinstance(pair.core.cache, Shared)
+    read, seen = pair.core.cache._cache.state, []
+
+    def state(slot: int, at: int) -> bytes:
+        assert pair.team
+        seen.append(pair.team._since)
+        return read(slot, at)
+
+    pair.core.cache.state = state  # type: ignore[method-assign]
+    given_up, running = (pair.generate(ids, replace(PARAMS, max_tokens=3000)) for ids in prompts(17, (250, 250)))
+    assert len([*islice(given_up, 12)]) == 12  # a block has been completed since
+    in_steps = len(seen)
+    given_up.close()
+    alone(pair, [5, 6])  # by now it has been given up
+    in_all = len(seen)
+    assert len([*islice(running, 12)]) == 12
+    before_the_end = len(seen)
+    pair.close()
+    assert 0 < in_steps < in_all <= before_the_end < len(seen) and all(seen) and pair.team._since is None
 
 
 def test_what_a_lost_team_reads_is_not_kept(folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from fathom.api import FinishReason, SamplingParams
 from fathom.checkpoint.random import write_random
-from fathom.engine.graphs import Graphs
+from fathom.engine.graphs import NEAR, Graphs
 from fathom.engine.llm import LLM
 from fathom.engine.memory import Memory
 from fathom.engine.team import Led
@@ -48,7 +48,7 @@ def apart(tmp_path: Path, name: str, *given: Any) -> Any:
 
 def answers(folder: Path, tp: int, asked: list[list[int]], together: bool, memory: Memory) -> tuple[list[Answer], int]:
     """One after the other, or at once; and tokens that came back from files."""
-    llm = LLM.load(folder, device="cuda" if tp > 1 else "cuda:0", tp=tp, max_context=4096, memory=memory)
+    llm = LLM.load(folder, device="cuda" if tp > 1 else "cuda:0", tp=tp, max_context=2 * NEAR, memory=memory)
     runs = llm.generate_batch([(ids, PARAMS) for ids in asked]) if together else []
     found = [answer(events) for events in runs] or [alone(llm, ids) for ids in asked]
     restored = llm.status().restored.get("disk", 0)
@@ -103,6 +103,56 @@ def sums(port: int, rank: int) -> bool:
     return same
 
 
+def chained(port: int, rank: int) -> list[int]:
+    """Of a graph's sums, made by who reads them and by their own launches in turns: how many numbers are wrong.
+
+    Each rank knows both parts. Graphs are launched one upon the other; now and then a rank is late, or a large sum is
+    made between two.
+    """
+    from fathom.kernels import streams_cuda
+    from fathom.kernels.mailbox import Unsummed
+
+    ranks = Ranks("cuda", rank, 2, meeting_place(2, port))
+    box, g = ranks._box, torch.Generator(ranks.device).manual_seed(1)
+    assert box and box.by_readers
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g, device=ranks.device)
+
+    sizes, fn, big = (1, 4, 8, 32, 64, 100), drawn(24, 4 * 4096), drawn(700, 4096).bfloat16()
+    given = [(drawn(t, 4, 4096).bfloat16(), drawn(t, 4), drawn(t, 4, 4)) for t in sizes]
+    parts = [[drawn(t, 4096).bfloat16() for _ in range(2)] for t in sizes]
+
+    def chain() -> list[torch.Tensor]:
+        return [
+            out
+            for (x, post, comb), both in zip(given, parts, strict=True)
+            for out in (streams_cuda.after(Unsummed(both[rank], box), x, post, comb, fn), box.sum(both[rank]))
+        ]
+
+    chain()
+    graph, wrong = torch.cuda.CUDAGraph(), torch.zeros(2 * len(sizes), dtype=torch.int64, device=ranks.device)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = chain()
+    for turn in range(200):
+        for both in parts:
+            for part in both:
+                part.normal_(generator=g)
+        if turn % 8 == 0:
+            ranks.sum(big.clone())
+        if turn % 4 == 2 * rank:
+            torch.cuda._sleep(200_000 * (1 + turn % 3))
+        graph.replay()
+        graph.replay()
+        sums = [torch.add(*both) for both in parts]
+        want = [w for given_, y in zip(given, sums, strict=True) for w in (streams_cuda.after(y, *given_, fn), y)]
+        wrong += torch.stack([(a != b).sum() for a, b in zip(found, want, strict=True)])
+    answer = wrong.tolist()
+    ranks.leave()
+    return answer
+
+
 def lost(folder: Path) -> tuple[bool, FinishReason | None, str, list[str]]:
     """Whether steps are graphs; how a stream ends when the other rank is killed; what is said of it."""
     pair = LLM.load(folder, device="cuda", tp=2, max_context=4096)
@@ -137,13 +187,21 @@ def test_two_gpus_are_as_near_to_the_truth_as_one(folder: Path, tmp_path: Path) 
     assert len(steps) > 2 * len(asked) and statistics.mean(first) < 0.15 and statistics.mean(steps) < 0.15
 
 
-def test_sums_have_the_same_bits_by_either_way(tmp_path: Path) -> None:
-    store = meeting_place(2)
+def by_both(tmp_path: Path, name: str) -> list[Any]:
+    """What a function of this file gives on each of two ranks."""
+    store, folders = meeting_place(2), [tmp_path / str(rank) for rank in range(2)]
+    for folder in folders:
+        folder.mkdir()
     with ThreadPoolExecutor(2) as pool:
-        folders = [tmp_path / str(rank) for rank in range(2)]
-        for folder in folders:
-            folder.mkdir()
-        assert all(pool.map(lambda rank: apart(folders[rank], "sums", store.port, rank), range(2)))
+        return list(pool.map(lambda rank: apart(folders[rank], name, store.port, rank), range(2)))
+
+
+def test_sums_have_the_same_bits_by_either_way(tmp_path: Path) -> None:
+    assert all(by_both(tmp_path, "sums"))
+
+
+def test_no_number_of_a_thousand_sums_is_wrong(tmp_path: Path) -> None:
+    assert not any(map(any, by_both(tmp_path, "chained")))
 
 
 def test_the_same_bits_in_company_and_from_every_tier(folder: Path, tmp_path: Path) -> None:
