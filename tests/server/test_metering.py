@@ -166,25 +166,30 @@ def test_a_journal_stays_short_while_something_always_waits(
     tmp_path: Path, database: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bookings come faster than a slow database takes them in: serving never stops for it, and no row is lost."""
-    begin = database.begin
+    begin, chosen, turn = database.begin, threading.Semaphore(0), threading.Semaphore(0)
 
     def slow() -> object:
-        time.sleep(0.02)
+        chosen.release()
+        turn.acquire()
         return begin()
 
     monkeypatch.setattr(database, "begin", slow)
     meter, least = Meter(database, tmp_path / "journal", limit=60_000), 10
     for n in range(1500):
+        if n % 25 == 24:
+            assert chosen.acquire(timeout=60)  # which rows it moves next: row n is not one of them
         meter.book(row(n))
+        if n % 25 == 24:
+            turn.release()
         least = min(least, meter.waiting) if n else least
         assert not meter.full
-        time.sleep(0.001)
     assert least > 0
     kept = tmp_path / "kept"
     kept.write_bytes((tmp_path / "journal").read_bytes())
     rest = Meter(open_database(f"sqlite:///{tmp_path}/other.db"), kept)
-    rest.close()
-    meter.close()
+    rest.close(60)
+    turn.release(1500)
+    meter.close(60)
     assert list(read_rows(database)) == [row(n) for n in range(1500)]
     assert rest.totals["k1"].requests < 300
 
