@@ -1,8 +1,9 @@
 // FP4 experts for the few tokens of a step, on Hopper's FP8 tensor cores. Reference 2.10 and 4; the launcher and the
 // contract are in experts_cuda.py.
 //
-// A block has TILES of 64 rows of one expert and all the pairs (token, expert) that chose it, eight at a time: weights
-// are the rows of the products, pairs their columns. FP4 becomes e4m3 by table (exactly; 7 operations for 8 weights),
+// A block has TILES of 64 rows of one expert and all the pairs (token, expert) that chose it, PAIRS at a time: weights
+// are the rows of the products, pairs their columns. A product has eight columns; those that are nobody's are whatever
+// stands behind the others, so that few pairs take little memory and more blocks fit into a multiprocessor. FP4 becomes e4m3 by table (exactly; 7 operations for 8 weights),
 // activations are e4m3 already (gate and up) or become it here (down). A product sums 32 columns, which is one scale of a
 // row; scales are applied to its result, so what the tensor cores round is far below float32's use. A pair's result does
 // not know what else is in the batch.
@@ -12,12 +13,13 @@
 // STAGES  pieces of 256 columns that a warp has room for: whole lines of the cache, one of them in use
 // UP      1: gate and up rows, joined by SwiGLU (BF16 [P, N]); 0: down (float32 [P, N])
 // TOP     experts a token
+// PAIRS   multiplied at once: 1, 2, 4 or 8
 // READY   1: x was complete before the launch that chose the experts began
-// ONE     1: there is one token, so every expert has one pair
+// ONE     1: there is one token, so every expert has one pair, and PAIRS is 1
 
 #include "common.cuh"
 
-constexpr int THREADS = 128, CHUNKS = K / 128, PAIRS = 8, MOST = 512;
+constexpr int THREADS = 128, CHUNKS = K / 128, MOST = 512;
 constexpr int SLOT = 2048, SCALES = K / 32 + 16;  // bytes of a piece of 16 rows; of a row's scales, apart in all banks
 
 template <int BYTES>
@@ -50,13 +52,13 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 c
         "{ .reg .b64 b; mov.b64 b, {%8, %9};\n"
         "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0,%1,%2,%3}, {%4,%5,%6,%7}, b, 0, 1, 1; }"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(columns), "n"(128 >> 4));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(columns), "n"(PAIRS));
 }
 
 // The low word of what describes columns in shared memory: 16 bytes of 8 of them lie one after the other, the next 16 of
-// K 128 bytes further (the high word has the same distance).
+// K as far away as PAIRS of them take (the high word has the same distance). All in units of 16 bytes.
 __device__ __forceinline__ u32 described(const u8* x) {
-    return (address(x) >> 4 & 0x3fff) | (128 >> 4) << 16;
+    return (address(x) >> 4 & 0x3fff) | PAIRS << 16;
 }
 
 // The pairs that chose the expert of pair `own`, in order; none if an earlier one did, whose block does the work.
@@ -88,10 +90,10 @@ __device__ int company(const int* chosen, int total, int own, int* list) {
 // 32 columns of a row that stand in registers into shared memory: the first four of each eight, then the others.
 __device__ __forceinline__ void put(u8* to, const u32 (&w)[8]) {
     *(uint4*)to = make_uint4(w[0], w[2], w[4], w[6]);
-    *(uint4*)(to + 128) = make_uint4(w[1], w[3], w[5], w[7]);
+    *(uint4*)(to + PAIRS * 16) = make_uint4(w[1], w[3], w[5], w[7]);
 }
 
-// e4m3 rows of x into shared memory. What columns hold that are nobody's does not matter: nobody reads their results.
+// e4m3 rows of x into shared memory.
 __device__ __forceinline__ void given(u8* to, float* factors, const u8* x, const float* scales, const int* list, int count) {
     for (int i = threadIdx.x; i < count * (K / 32); i += THREADS) {
         const int n = i / (K / 32), group = i % (K / 32);
@@ -100,7 +102,7 @@ __device__ __forceinline__ void given(u8* to, float* factors, const u8* x, const
         const uint4 a = from[0], b = from[1];
         const float scale = scales[row * CHUNKS + group / 4];
         const u32 w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-        put(to + group * 256 + n * 16, w);
+        put(to + group * PAIRS * 32 + n * 16, w);
         if (group % 4 == 0) factors[group / 4 * PAIRS + n] = scale;
     }
 }
@@ -132,7 +134,7 @@ __device__ __forceinline__ void round_off(u8* to, float* factors, const u32 (&v)
         w[e] = a | (u32)b << 16;
     }
     if (!inside) return;
-    put(to + group * 256 + n * 16, w);
+    put(to + group * PAIRS * 32 + n * 16, w);
     if (group % 4 == 0) factors[group / 4 * PAIRS + n] = __uint_as_float(bits);
 }
 
@@ -203,10 +205,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
     void* out, int total, int rows, float limit
 ) {
     extern __shared__ __align__(128) u8 memory[];
-    u8* const xs = memory;                                               // [K / 16, PAIRS, 16]
+    u8* const xs = memory;                                               // [K / 16, PAIRS, 16], read with what follows
     u8* const powers = xs + PAIRS * K;                                   // [TILES, 64, SCALES]
     u8* const ring = powers + TILES * 64 * SCALES;                       // [4 warps, STAGES, 16, 128]
-    __shared__ float factors[PAIRS * CHUNKS];
+    __shared__ __align__(8) float factors[PAIRS * CHUNKS + 8];
     __shared__ int list[MOST];
     if (UP && ONE && READY) place(xs, factors, x, scales, list, 1);
     // Down begins at the earliest when gate and up have begun, so what they waited for, `chosen` too, is complete.
@@ -280,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
 #pragma unroll
                     for (int m = 0; m < 4; m++)
                         if (CHUNKS % 2 == 0 || begin + c < CHUNKS)
-                            multiply(d[c][m], a[c][m], columns + ((begin + c) * 4 + m) * 16);
+                            multiply(d[c][m], a[c][m], columns + ((begin + c) * 4 + m) * PAIRS * 2);
                     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 }
                 load(free);
@@ -300,7 +302,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
 #pragma unroll
                         for (int i = 0; i < 4; i++) asm volatile("" : "+f"(d[c][m][i])::"memory");
                     const u32 of[2] = {*(const u32*)(power + chunk * 4), *(const u32*)(power + 8 * SCALES + chunk * 4)};
-                    const float2 f = *(const float2*)(factors + chunk * PAIRS + 2 * j);
+                    const float* const factor = factors + chunk * PAIRS + (ONE ? 0 : 2 * j);
+                    const float2 f = ONE ? make_float2(*factor, 0) : *(const float2*)factor;
 #pragma unroll
                     for (int i = 0; i < 4; i += 1 + ONE) {
                         float part = 0;

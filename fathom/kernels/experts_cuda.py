@@ -22,17 +22,18 @@ from fathom.kernels.quant_triton import known, quantise
 
 MOST_PAIRS = 512
 """Pairs of a token and an expert that a block can look through."""
-_TOGETHER = 8
-"""Pairs of an expert that are multiplied at once."""
+_TOGETHER = 4
+"""Pairs of an expert that are multiplied at once: seldom more chose the same."""
 _TWO_TOKENS, _FEW_PAIRS = 12, 64
 """Pairs up to which more blocks are better than longer ones."""
 
 
 class Shape(NamedTuple):
-    """Tiles of 64 rows in a block and stages of its rings: no bit of a result."""
+    """Tiles of 64 rows in a block, stages of its rings, pairs multiplied at once: no bit of a result."""
 
     tiles: int
     stages: int
+    together: int = _TOGETHER
 
 
 def shape(pairs: int, up: bool) -> Shape:
@@ -108,9 +109,10 @@ def _run(
     """tensors: as the kernel names them; rows: of a result; tiles: of 64 rows of an expert."""
     x, chosen = tensors[2], tensors[4]
     columns, pairs, each = x.shape[1], chosen.numel(), math.gcd(tiles, form.tiles)
-    shared = _TOGETHER * columns + each * 64 * (columns // 32 + 16) + 4 * form.stages * 2048
     tokens, top = chosen.shape
-    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "UP": int(up), "TOP": top}
+    together = 1 if tokens == 1 else form.together
+    shared = together * columns + each * 64 * (columns // 32 + 16) + 4 * form.stages * 2048
+    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "UP": int(up), "TOP": top, "PAIRS": together}
     alone = {"ONE": int(tokens == 1), "READY": int(ready and tokens == 1)}
     run = kernel("experts.cu", "experts", x.device, shared, **sizes, **alone)
     pointers = map(pointer, tensors)
