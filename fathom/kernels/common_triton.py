@@ -99,13 +99,13 @@ def round_e4m3(y):
 
 
 @triton.jit
-def e2m1(word, MAGNITUDE: tl.constexpr, SIGN: tl.constexpr):
-    """The FP4 value whose three magnitude bits begin at bit MAGNITUDE of `word` and whose sign is bit SIGN, float32."""
-    code = (word >> MAGNITUDE) & 7
+def fp4(word, J: tl.constexpr):
+    """Weight J of the eight of a word (`words`), float32."""
+    code = (word >> (J // 2 * 8 + J % 2 * 3)) & 7
     exponent = code >> 1
     half = 0.5 * (code & 1).to(tl.float32)
     size = tl.where(exponent == 0, half, (1.0 + half) * from_e8m0(exponent + 126))
-    return tl.where(((word >> SIGN) & 1) == 1, -size, size)
+    return tl.where(((word >> (J // 2 * 8 + 6 + J % 2)) & 1) == 1, -size, size)
 
 
 @triton.jit

@@ -3,8 +3,8 @@
 //
 // A block has TILES of 64 rows of one expert and all the pairs (token, expert) that chose it, PAIRS at a time: weights
 // are the rows of the products, pairs their columns. A product has eight columns; those that are nobody's are whatever
-// stands behind the others, so that few pairs take little memory and more blocks fit into a multiprocessor. FP4 becomes e4m3 by table (exactly; 7 operations for 8 weights),
-// activations are e4m3 already (gate and up) or become it here (down). A product sums 32 columns, which is one scale of a
+// stands behind the others, so that few pairs take little memory and more blocks fit into a multiprocessor. FP4 becomes e5m2, 2^14 times too small (exactly; 5 operations for 8
+// weights, `words`), activations are e4m3 already (gate and up) or become it here (down). A product sums 32 columns, which is one scale of a
 // row; scales are applied to its result, so what the tensor cores round is far below float32's use. A pair's result does
 // not know what else is in the batch.
 //
@@ -33,24 +33,19 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 
 __device__ __forceinline__ float exponent(u32 byte) { return __uint_as_float(byte << 23); }
 
-// Of eight bytes those that the four low digits of `which` name.
-__device__ __forceinline__ u32 chosen_bytes(uint2 table, u32 which) {
-    u32 r;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(table.x), "r"(table.y), "r"(which));
-    return r;
+// Weights 0, 2, 4, 6 and 1, 3, 5, 7 of a word as e5m2: its exponent's two low bits and the mantissa's high one, which are
+// e2m1's below a higher bias. Also zero and a half are right, as numbers below the normal ones.
+__device__ __forceinline__ void unpack(u32 word, u32& even, u32& odd) {
+    even = word << 1 & 0x8e8e8e8eu;
+    odd = (word >> 2 & 0x0e0e0e0eu) | (word & 0x80808080u);
 }
 
-// Weights 0..3 and 4..7 of a word as e4m3: magnitudes by table, signs stand where they belong (`words`).
-__device__ __forceinline__ void unpack(u32 word, u32& low, u32& high, uint2 table) {
-    const u32 m = word & 0x77777777u;
-    low = chosen_bytes(table, m) | (word & 0x80808080u);
-    high = chosen_bytes(table, m >> 16) | ((word << 4) & 0x80808080u);
-}
+constexpr float TOO_SMALL = 1 << 14;
 
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 columns) {
     asm volatile(
         "{ .reg .b64 b; mov.b64 b, {%8, %9};\n"
-        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {%0,%1,%2,%3}, {%4,%5,%6,%7}, b, 0, 1, 1; }"
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e5m2.e4m3 {%0,%1,%2,%3}, {%4,%5,%6,%7}, b, 0, 1, 1; }"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(columns), "n"(PAIRS));
 }
@@ -87,7 +82,11 @@ __device__ int company(const int* chosen, int total, int own, int* list) {
     return before ? 0 : all;
 }
 
-// 32 columns of a row that stand in registers into shared memory: the first four of each eight, then the others.
+// The even and the odd ones of eight bytes.
+__device__ __forceinline__ u32 even(u32 a, u32 b) { return __byte_perm(a, b, 0x6420); }
+__device__ __forceinline__ u32 odd(u32 a, u32 b) { return __byte_perm(a, b, 0x7531); }
+
+// 32 columns of a row that stand in registers into shared memory: the even ones of each eight, then the odd ones.
 __device__ __forceinline__ void put(u8* to, const u32 (&w)[8]) {
     *(uint4*)to = make_uint4(w[0], w[2], w[4], w[6]);
     *(uint4*)(to + PAIRS * 16) = make_uint4(w[1], w[3], w[5], w[7]);
@@ -101,7 +100,8 @@ __device__ __forceinline__ void given(u8* to, float* factors, const u8* x, const
         const uint4* from = (const uint4*)(x + row * K + group * 32);
         const uint4 a = from[0], b = from[1];
         const float scale = scales[row * CHUNKS + group / 4];
-        const u32 w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        const u32 w[8] = {even(a.x, a.y), odd(a.x, a.y), even(a.z, a.w), odd(a.z, a.w),
+                          even(b.x, b.y), odd(b.x, b.y), even(b.z, b.w), odd(b.z, b.w)};
         put(to + group * PAIRS * 32 + n * 16, w);
         if (group % 4 == 0) factors[group / 4 * PAIRS + n] = scale;
     }
@@ -116,6 +116,12 @@ __device__ __forceinline__ void read(u32 (&v)[16], const u16* x) {
     }
 }
 
+__device__ __forceinline__ u32 e4m3(float a, float b, float shrink) {
+    u16 r;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(b * shrink), "f"(a * shrink));
+    return r;
+}
+
 // They in e4m3, in shared memory if they are somebody's: four lanes share a scale.
 __device__ __forceinline__ void round_off(u8* to, float* factors, const u32 (&v)[16], int n, int group, bool inside) {
     float most = 1e-4f;
@@ -127,11 +133,10 @@ __device__ __forceinline__ void round_off(u8* to, float* factors, const u32 (&v)
     const float shrink = __uint_as_float(0x7f000000 - bits);
     u32 w[8];
 #pragma unroll
-    for (int e = 0; e < 8; e++) {
-        u16 a, b;
-        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(a) : "f"(high(v[2 * e]) * shrink), "f"(low(v[2 * e]) * shrink));
-        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(b) : "f"(high(v[2 * e + 1]) * shrink), "f"(low(v[2 * e + 1]) * shrink));
-        w[e] = a | (u32)b << 16;
+    for (int e = 0; e < 8; e += 2) {
+        const u32* const eight = v + 2 * e;
+        w[e] = e4m3(low(eight[0]), low(eight[1]), shrink) | e4m3(low(eight[2]), low(eight[3]), shrink) << 16;
+        w[e + 1] = e4m3(high(eight[0]), high(eight[1]), shrink) | e4m3(high(eight[2]), high(eight[3]), shrink) << 16;
     }
     if (!inside) return;
     put(to + group * PAIRS * 32 + n * 16, w);
@@ -160,11 +165,11 @@ __device__ void place(u8* to, float* factors, const u8* x, const float* scales, 
 }
 
 // The two rows that a lane multiplies of a warp's 16, half of a piece: for each of four scales one word a row.
-__device__ __forceinline__ void unpacked(u32 (&a)[4][4], const u8* from, const int (&at)[4], uint2 table) {
+__device__ __forceinline__ void unpacked(u32 (&a)[4][4], const u8* from, const int (&at)[4]) {
 #pragma unroll
     for (int m = 0; m < 4; m++) {
-        unpack(*(const u32*)(from + at[m]), a[m][0], a[m][2], table);
-        unpack(*(const u32*)(from + at[m] + SLOT / 2), a[m][1], a[m][3], table);
+        unpack(*(const u32*)(from + at[m]), a[m][0], a[m][2]);
+        unpack(*(const u32*)(from + at[m] + SLOT / 2), a[m][1], a[m][3]);
     }
 }
 
@@ -188,14 +193,15 @@ __device__ __forceinline__ void write(
         if (n >= now) continue;
         const long long pair = list[n];
         if (UP) {
-            const float a = fminf(sum[i], limit), b = fminf(fmaxf(sum[2 + i], -limit), limit);
+            const float a = fminf(sum[i] * TOO_SMALL, limit);
+            const float b = fminf(fmaxf(sum[2 + i] * TOO_SMALL, -limit), limit);
             const float y = __fdividef(a, 1.0f + __expf(-a)) * b * share[i];
             u16 bits;
             asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(y));
             ((u16*)out)[pair * rows + at] = bits;
         } else {
             float* to = (float*)out + pair * rows + at;
-            to[0] = sum[i], to[8] = sum[2 + i];
+            to[0] = sum[i] * TOO_SMALL, to[8] = sum[2 + i] * TOO_SMALL;
         }
     }
 }
@@ -231,10 +237,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
 #pragma unroll
     for (int m = 0; m < 4; m++) at[0][m] = g * 128 + (m ^ g) * 16 + j * 4, at[1][m] = g * 128 + (m + 4 ^ g) * 16 + j * 4;
     const u32 columns = described(xs);
-    // As if each lane had its own: what a warp has in common is copied into a register for every word.
-    u32 nothing;
-    asm("shr.u32 %0, %1, 20;" : "=r"(nothing) : "r"(threadIdx.x));
-    const uint2 table = make_uint2(0x3c383000u | nothing, 0x4c484440u);
     for (int i = 0; i < TILES; i++) copy_scales(powers + i * 64 * SCALES, exponents, top + i * ROWS, far);
     for (int first = 0; first < count; first += PAIRS) {
         const int now = min(PAIRS, count - first);
@@ -268,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
         asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
         __syncthreads();
         u32 a[2][4][4], b[2][4][4];
-        unpacked(a[0], mine, at[0], table), unpacked(a[1], mine, at[1], table);
+        unpacked(a[0], mine, at[0]), unpacked(a[1], mine, at[1]);
         u8 *slot = mine, *free = mine + (STAGES - 1) * SLOT;
         for (int n = 0; n < TILES; n++) {
             float sum[4] = {};
@@ -290,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) experts(
                 slot = slot == mine + (STAGES - 1) * SLOT ? mine : slot + SLOT;
                 asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
                 __syncwarp();
-                unpacked(b[0], slot, at[0], table), unpacked(b[1], slot, at[1], table);
+                unpacked(b[0], slot, at[0]), unpacked(b[1], slot, at[1]);
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     const int chunk = begin + c;

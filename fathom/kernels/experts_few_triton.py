@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fathom.kernels.common_triton import PLAIN, e2m1, fetch, from_e8m0, options, power_of_two, swiglu
+from fathom.kernels.common_triton import PLAIN, fp4, fetch, from_e8m0, options, power_of_two, swiglu
 from fathom.kernels.experts_pairs_triton import Fp4Experts, combine
 from fathom.kernels.quant_triton import PAIRS, quantise
 
@@ -93,23 +93,18 @@ def _chain(chosen, out, P, B: tl.constexpr, PDL: tl.constexpr):
 
 @triton.jit
 def _word_dot_asm(w, x0, x1, x2, x3):
-    """Eight weights times eight FP16 values in float32. Magnitudes become e4m3 bytes by table, e4m3 pairs FP16 pairs;
-    the products are summed in two FP16 lanes."""
+    """Eight weights times eight FP16 values in float32. Weights become FP16 pairs, 2^14 times too small, by shifts; the
+    products are summed in two FP16 lanes, of which the least step is that of the least product."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 m,a,b,t,s,e; .reg .b16 h0,h1; .reg .f32 f0,f1;
-        and.b32 m,$1,0x77777777;
-        prmt.b32 a,0x3C383000,0x4C484440,m;
-        shr.u32 t,m,16;
-        prmt.b32 b,0x3C383000,0x4C484440,t;
-        lop3.b32 a,$1,0x80808080,a,0xEA;
-        shl.b32 s,$1,4;
-        lop3.b32 b,s,0x80808080,b,0xEA;
-        mov.b32 {h0,h1},a; cvt.rn.f16x2.e4m3x2 t,h0; cvt.rn.f16x2.e4m3x2 s,h1;
-        mul.rn.f16x2 e,t,$2; fma.rn.f16x2 e,s,$3,e;
-        mov.b32 {h0,h1},b; cvt.rn.f16x2.e4m3x2 t,h0; cvt.rn.f16x2.e4m3x2 s,h1;
-        fma.rn.f16x2 e,t,$4,e; fma.rn.f16x2 e,s,$5,e;
-        mov.b32 {h0,h1},e; cvt.f32.f16 f0,h0; cvt.f32.f16 f1,h1; add.f32 $0,f0,f1; }""",
+        .reg .b32 a,b,t,e; .reg .b16 h0,h1; .reg .f32 f0,f1;
+        shl.b32 a,$1,9; and.b32 a,a,0x8E008E00;
+        shl.b32 b,$1,6; shl.b32 t,$1,8; and.b32 b,b,0x0E000E00; lop3.b32 b,t,0x80008000,b,0xEA;
+        mul.rn.f16x2 e,a,$2; fma.rn.f16x2 e,b,$3,e;
+        shl.b32 a,$1,1; and.b32 a,a,0x8E008E00;
+        shr.u32 b,$1,2; and.b32 b,b,0x0E000E00; lop3.b32 b,$1,0x80008000,b,0xEA;
+        fma.rn.f16x2 e,a,$4,e; fma.rn.f16x2 e,b,$5,e;
+        mov.b32 {h0,h1},e; cvt.f32.f16 f0,h0; cvt.f32.f16 f1,h1; add.f32 f0,f0,f1; mul.f32 $0,f0,0f46800000; }""",
         "=f,r,r,r,r,r",
         [w, x0, x1, x2, x3],
         dtype=tl.float32,
@@ -127,10 +122,10 @@ def _half(word, HIGH: tl.constexpr):
 @triton.jit
 def _word_dot(w, x0, x1, x2, x3, PLAIN: tl.constexpr):
     if PLAIN:
-        low = e2m1(w, 0, 7) * _half(x0, False) + e2m1(w, 4, 15) * _half(x0, True)
-        low += e2m1(w, 8, 23) * _half(x1, False) + e2m1(w, 12, 31) * _half(x1, True)
-        low += e2m1(w, 16, 3) * _half(x2, False) + e2m1(w, 20, 11) * _half(x2, True)
-        return low + e2m1(w, 24, 19) * _half(x3, False) + e2m1(w, 28, 27) * _half(x3, True)
+        sum = fp4(w, 0) * _half(x0, False) + fp4(w, 4) * _half(x0, True)
+        sum += fp4(w, 1) * _half(x1, False) + fp4(w, 5) * _half(x1, True)
+        sum += fp4(w, 2) * _half(x2, False) + fp4(w, 6) * _half(x2, True)
+        return sum + fp4(w, 3) * _half(x3, False) + fp4(w, 7) * _half(x3, True)
     return _word_dot_asm(w, x0, x1, x2, x3)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fathom.kernels.common_triton import PLAIN, e2m1, from_e8m0, operand, options
+from fathom.kernels.common_triton import PLAIN, fp4, from_e8m0, operand, options
 from fathom.kernels.experts_pairs_triton import Fp4Experts, combine
 from fathom.kernels.experts_plan_triton import Plan, by_slot, planned
 from fathom.kernels.quant_triton import quantise
@@ -115,7 +115,7 @@ def _bounds(words, scales, most, least, G, PDL: tl.constexpr):
         gdc_launch_dependents()
         gdc_wait()
     place = words + rn[:, None, None] * (G * 16) + k * 16 + r4[None, :, None] * 4 + r4[None, None, :]
-    some = tl.max(tl.load(place) & 0x77777777, 2) > 0
+    some = tl.max(tl.load(place) & 0x3F3F3F3F, 2) > 0
     scale = tl.load(scales + rn[:, None] * (G * 4) + k * 4 + r4[None, :]).to(tl.int32)
     here = tl.program_id(0).to(tl.int64) * G + k
     tl.store(most + here, tl.max(tl.max(tl.where(some, scale, 0), 1), 0).to(tl.uint8))
@@ -127,11 +127,11 @@ def _unpack_asm(byte, low, high):
     """Four bytes of a repacked word -> its weights 0..3 and 4..7 in e4m3: magnitudes from a table of eight bytes."""
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 m,n,s;
-        and.b32 m,$2,0x77777777; shr.u32 n,m,16;
+        .reg .b32 d,m,n,s;
+        shl.b32 d,$2,1; and.b32 m,$2,0x07070707; lop3.b32 m,d,0x70707070,m,0xEA; shr.u32 n,m,16;
         prmt.b32 m,$3,$7,m; prmt.b32 n,$3,$7,n;
-        shl.b32 s,$2,4;
-        lop3.b32 $0,$2,0x80808080,m,0xEA; lop3.b32 $1,s,0x80808080,n,0xEA; }""",
+        prmt.b32 s,d,$2,0x5140; lop3.b32 $0,s,0x80808080,m,0xEA;
+        prmt.b32 s,d,$2,0x7362; lop3.b32 $1,s,0x80808080,n,0xEA; }""",
         "=&r,=&r,r,r,r,r,r,r,r,r,r",
         [byte, low, high],
         dtype=(tl.float8e4nv, tl.float8e4nv),
@@ -147,8 +147,8 @@ def _unpack_plain(pointer, lane, up):
     low = tl.zeros_like(word).to(tl.float32)
     high = low
     for j in tl.static_range(4):
-        low = tl.where(lane == j, e2m1(word, 4 * j, 8 * j + 7), low)
-        high = tl.where(lane == j, e2m1(word, 16 + 4 * j, 8 * j + 3), high)
+        low = tl.where(lane == j, fp4(word, j), low)
+        high = tl.where(lane == j, fp4(word, 4 + j), high)
     return low * from_e8m0(up + 122), high * from_e8m0(up + 122)
 
 

@@ -66,7 +66,7 @@ def quantise(x: Tensor, form: int = PLAIN_ORDER, block: int = WEIGHT_BLOCK) -> t
 
     values  PLAIN_ORDER: e4m3 [T, K];
             PAIRS: the same as FP16 in four planes, int32 [T, 4, K / 8]: word i of plane p is the pair
-            (8i + 2p, 8i + 2p + 1), so that neighbouring lanes of the FP4 kernels read neighbouring words;
+            (8i + p, 8i + p + 4), so that neighbouring lanes of the FP4 kernels read neighbouring words;
             GRID: values times scales in the dtype of x [T, K], with their form noted
     """
     left = known(x) if form == PLAIN_ORDER and block == WEIGHT_BLOCK else None
@@ -133,7 +133,7 @@ def _quantise(
     if FORM == 0:
         tl.store(values + row * K + r, tl.reshape(q, (B,)).to(tl.float8e4nv), mask=inside)
     elif FORM == 1:
-        place = ((r % 8) // 2) * (K // 4) + (r // 8) * 2 + r % 2
+        place = (r % 4) * (K // 4) + (r // 8) * 2 + r % 8 // 4
         tl.store(values + row * K + place, tl.reshape(q, (B,)).to(tl.float16), mask=inside)
     else:
         full = tl.reshape(q * scale[:, None], (B,)).to(values.dtype.element_ty)

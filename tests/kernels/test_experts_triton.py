@@ -72,8 +72,8 @@ def test_repacked_words_hold_every_code_once() -> None:
     words = arranged.long() & 0xFFFFFFFF
     codes = unpack_fp4(w).unflatten(-1, (-1, 8)).long()
     for j in range(8):
-        sign = 8 * j + 7 if j < 4 else 8 * (j - 4) + 3
-        assert torch.equal((words >> 4 * j) & 7 | ((words >> sign) & 1) << 3, codes[..., j])
+        magnitude, sign = 8 * (j // 2) + 3 * (j % 2), 8 * (j // 2) + 6 + j % 2
+        assert torch.equal((words >> magnitude) & 7 | ((words >> sign) & 1) << 3, codes[..., j])
 
 
 @pytest.mark.parametrize("k", [128, 384, 4096, 7168])
@@ -88,7 +88,7 @@ def test_quantise_is_the_reference_to_the_bit(k: int) -> None:
         assert torch.equal(quant_triton.fp8_sim(x.bfloat16(), 64), fp8_sim.__wrapped__(x.bfloat16(), 64))
     full = scales.repeat_interleave(128, -1)
     assert torch.equal(plain.float() * full, want)
-    words = pairs.view(torch.float16).view(5, 4, k // 8, 2).transpose(1, 2).reshape(5, k)
+    words = pairs.view(torch.float16).view(5, 4, k // 8, 2).permute(0, 2, 3, 1).reshape(5, k)
     assert torch.equal(words.float() * full, want)
     known = form_of(grid)
     assert known and torch.equal(known[0].float(), plain.float()) and torch.equal(known[1], scales)
