@@ -29,11 +29,13 @@ _TWO_TOKENS, _FEW_PAIRS = 12, 64
 
 
 class Shape(NamedTuple):
-    """Tiles of 64 rows in a block, stages of its rings, pairs multiplied at once: no bit of a result."""
+    """How a launch is cut, which changes no bit: tiles of 64 rows that four warps have, stages of their rings, pairs
+    multiplied at once, groups of four warps in a block."""
 
     tiles: int
     stages: int
     together: int = _TOGETHER
+    groups: int = 1
 
 
 def shape(pairs: int, up: bool) -> Shape:
@@ -108,14 +110,16 @@ def _run(
 ) -> None:
     """tensors: as the kernel names them; rows: of a result; tiles: of 64 rows of an expert."""
     x, chosen = tensors[2], tensors[4]
-    columns, pairs, each = x.shape[1], chosen.numel(), math.gcd(tiles, form.tiles)
+    columns, pairs, groups = x.shape[1], chosen.numel(), math.gcd(tiles, form.groups)
+    each = math.gcd(tiles // groups, form.tiles)
     tokens, top = chosen.shape
     together = 1 if tokens == 1 else form.together
-    shared = together * columns + each * 64 * (columns // 32 + 16) + 4 * form.stages * 2048
-    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "UP": int(up), "TOP": top, "PAIRS": together}
+    shared = together * columns + groups * (each * 64 * (columns // 32 + 16) + 4 * form.stages * 2048)
+    sizes = {"K": columns, "TILES": each, "GROUPS": groups, "STAGES": form.stages, "UP": int(up), "TOP": top}
+    sizes["PAIRS"] = together
     alone = {"ONE": int(tokens == 1), "READY": int(ready and tokens == 1)}
     run = kernel("experts.cu", "experts", x.device, shared, **sizes, **alone)
     pointers = map(pointer, tensors)
     numbers = ctypes.c_int(pairs), ctypes.c_int(rows), ctypes.c_float(limit)
     # Down of one token is all waiting for x: begun early it would only be in the way.
-    run((tiles // each, pairs), 128, x.device, *pointers, *numbers, early=up or tokens > 1)
+    run((tiles // (groups * each), pairs), 128 * groups, x.device, *pointers, *numbers, early=up or tokens > 1)

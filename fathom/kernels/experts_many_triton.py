@@ -156,14 +156,16 @@ def _unpack_plain(pointer, lane, up):
 def _weights(pointer, word, top, BN: tl.constexpr, PLAIN: tl.constexpr):
     """BN rows of 128 weights over 2^(top - 6): `word` [BN] holds the rows' four scales. The tables of e4m3 magnitudes
     (of e2m1's at five powers less) are raised by the steps that a scale is above the least one possible."""
-    groups = 8 * tl.arange(0, 4)
-    up = tl.maximum(((word[:, None] >> groups[None, :]) & 255) - top + 11, 0)
+    scale = (word[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255
     if PLAIN:
+        up = tl.maximum(scale - top + 11, 0)
         full = tl.reshape(tl.broadcast_to(up[:, :, None], (BN, 4, 16)), (BN, 64))
         a, b = _unpack_plain(pointer, tl.zeros_like(full) + tl.arange(0, 64)[None, :] % 4, full)
-    else:
-        low = tl.reshape(tl.broadcast_to((0x14100800 + up * 0x08080800)[:, :, None], (BN, 4, 16)), (BN, 64))
-        high = tl.reshape(tl.broadcast_to((0x24201C18 + up * 0x08080808)[:, :, None], (BN, 4, 16)), (BN, 64))
+    else:  # the byte for zero stays zero, also where a scale of nothing but zeros makes the others anything
+        low = 0x14100800 + (11 - top) * 0x08080800 + scale * 0x08080800
+        high = 0x24201C18 + (11 - top) * 0x08080808 + scale * 0x08080808
+        low = tl.reshape(tl.broadcast_to(low[:, :, None], (BN, 4, 16)), (BN, 64))
+        high = tl.reshape(tl.broadcast_to(high[:, :, None], (BN, 4, 16)), (BN, 64))
         a, b = _unpack_asm(tl.load(pointer), low, high)
     eights = tl.reshape(tl.join(a, b), (BN, 16, 4, 2))
     return tl.reshape(tl.permute(eights, (0, 1, 3, 2)), (BN, 128))
