@@ -1,26 +1,25 @@
 // FP4 experts for the few tokens of a step, on Hopper's FP8 tensor cores. Reference 2.10 and 4; the launcher and the
 // contract are in experts_cuda.py.
 //
-// Each four warps of a block have TILES of 64 rows of one expert, and all the pairs (token, expert) that chose it, PAIRS at a time: weights
+// A block has TILES of 64 rows of one expert and all the pairs (token, expert) that chose it, PAIRS at a time: weights
 // are the rows of the products, pairs their columns. A product has eight columns; those that are nobody's are whatever
-// stands behind the others, so that few pairs take little memory and more blocks fit into a multiprocessor. FP4 becomes e5m2, 2^14 times too small (exactly; 5 operations for 8
-// weights, `words`), activations are e4m3 already (gate and up) or become it here (down). A product sums 32 columns, which is one scale of a
-// row; scales are applied to its result, so what the tensor cores round is far below float32's use. A pair's result does
-// not know what else is in the batch.
+// stands behind the others, so that pairs take little memory and more blocks fit into a multiprocessor. FP4 becomes e5m2,
+// 2^14 times too small (exactly; 5 operations for 8 weights, `words`), activations are e4m3 already (gate and up) or
+// become it here (down). A product sums 32 columns, which is one scale of a row; scales are applied to its result, so
+// what the tensor cores round is far below float32's use. A pair's result does not know what else is in the batch.
 //
 // K       columns; a multiple of 128
-// TILES   of 64 rows that four warps have, one after the other
-// GROUPS  of four warps in a block
+// TILES   of 64 rows that a block has, one after the other
 // STAGES  pieces of 256 columns that a warp has room for: whole lines of the cache, one of them in use
 // UP      1: gate and up rows, joined by SwiGLU (BF16 [P, N]); 0: down (float32 [P, N])
 // TOP     experts a token
-// PAIRS   multiplied at once: 1, 2, 4 or 8
+// PAIRS   multiplied at once: 2, 4 or 8
 // READY   1: x was complete before the launch that chose the experts began
-// ONE     1: there is one token, so every expert has one pair, and PAIRS is 1
+// ONE     1: there is one token, so every expert has one pair and PAIRS is 1
 
 #include "common.cuh"
 
-constexpr int THREADS = 128 * GROUPS, CHUNKS = K / 128, MOST = 512;
+constexpr int THREADS = 128, CHUNKS = K / 128, MOST = 512;
 constexpr int SLOT = 2048, SCALES = K / 32 + 16;  // bytes of a piece of 16 rows; of a row's scales, apart in all banks
 
 template <int BYTES>
@@ -179,7 +178,7 @@ __device__ __forceinline__ void unpacked(u32 (&a)[4][4], const u8* from, const i
 // The scales of 64 rows.
 __device__ __forceinline__ void copy_scales(u8* to, const u8* exponents, long long first, int far) {
     constexpr int BYTES = K % 512 ? 4 : 16, COUNT = K / 32 / BYTES;
-    for (int i = threadIdx.x % 128; i < 64 * COUNT; i += 128) {
+    for (int i = threadIdx.x; i < 64 * COUNT; i += THREADS) {
         const int r = i / COUNT, at = i % COUNT * BYTES;
         const long long row = first + (UP ? r / 16 * 8 : r / 16 * 16) + r / 8 % 2 * far + r % 8;
         copy<BYTES>(to + r * SCALES + at, exponents + row * (K / 32) + at);
@@ -188,7 +187,7 @@ __device__ __forceinline__ void copy_scales(u8* to, const u8* exponents, long lo
 
 // What a lane has of the result: rows `at` (gate), and their up rows or 8 further, of two pairs.
 __device__ __forceinline__ void write(
-    const float (&sum)[4], const int* list, int now, const float* share, void* out, int rows, int at, float limit
+    const float (&sum)[4], const int* list, int now, const float (&share)[2], void* out, int rows, int at, float limit
 ) {
 #pragma unroll
     for (int i = 0; i < 2 - ONE; i++) {
@@ -198,7 +197,7 @@ __device__ __forceinline__ void write(
         if (UP) {
             const float a = fminf(sum[i] * TOO_SMALL, limit);
             const float b = fminf(fmaxf(sum[2 + i] * TOO_SMALL, -limit), limit);
-            const float y = __fdividef(a, 1.0f + __expf(-a)) * b * share[n];
+            const float y = __fdividef(a, 1.0f + __expf(-a)) * b * share[i];
             u16 bits;
             asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(y));
             ((u16*)out)[pair * rows + at] = bits;
@@ -209,43 +208,39 @@ __device__ __forceinline__ void write(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4 / GROUPS) experts(
+extern "C" __global__ void __launch_bounds__(THREADS) experts(
     const u8* weights, const u8* exponents, const u8* x, const float* scales, const int* chosen, const float* shares,
     void* out, int total, int rows, float limit
 ) {
     extern __shared__ __align__(128) u8 memory[];
     u8* const xs = memory;                                               // [K / 16, PAIRS, 16], read with what follows
-    u8* const powers = xs + PAIRS * K;                                   // [GROUPS, TILES, 64, SCALES]
-    u8* const ring = powers + GROUPS * TILES * 64 * SCALES;              // [GROUPS * 4 warps, STAGES, 16, 128]
+    u8* const powers = xs + PAIRS * K;                                   // [TILES, 64, SCALES]
+    u8* const ring = powers + TILES * 64 * SCALES;                       // [4 warps, STAGES, 16, 128]
     __shared__ __align__(8) float factors[PAIRS * CHUNKS + 8];
-    __shared__ float share[PAIRS];
     __shared__ int list[MOST];
     if (UP && ONE && READY) place(xs, factors, x, scales, list, 1);
     // Down begins at the earliest when gate and up have begun, so what they waited for, `chosen` too, is complete.
     if (UP) wait();
     // In this order: what runs beside gate and up (EARLY in linear.cu) reads what was complete when they began.
     begin_next();
-    const int own = blockIdx.y, index = __shfl_sync(~0u, threadIdx.x / 32, 0);
-    const int group = GROUPS > 1 ? index / 4 : 0, warp = GROUPS > 1 ? index % 4 : index;
-    const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
+    const int own = blockIdx.y, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    const int g = lane / 4, j = lane % 4;
     // A warp has 16 rows: gate rows stand beside their up rows, half of the matrix further.
     constexpr int ROWS = UP ? 32 : 64;  // of the result, that a tile makes
     const int expert = chosen[own];
-    const int begun = (blockIdx.x * GROUPS + group) * TILES;
-    const long long top = (long long)expert * (UP ? 2 * rows : rows) + begun * ROWS;
+    const long long top = (long long)expert * (UP ? 2 * rows : rows) + blockIdx.x * TILES * ROWS;
     // By a shuffle the compiler sees that all lanes have the same, and keeps what follows from it once a warp.
     const int count = __shfl_sync(~0u, company(chosen, total, own, list), 0);
     if (!count) return wait();
     const int far = UP ? rows : 8;
     // Eight lanes copy 128 bytes of a row; 16 bytes stand at their number exclusive-or the row's.
-    u8* const mine = ring + index * STAGES * SLOT;
+    u8* const mine = ring + warp * STAGES * SLOT;
     const int to = lane / 8 * 128 + (lane % 8 ^ lane / 8) * 16;
     int at[2][4];
 #pragma unroll
     for (int m = 0; m < 4; m++) at[0][m] = g * 128 + (m ^ g) * 16 + j * 4, at[1][m] = g * 128 + (m + 4 ^ g) * 16 + j * 4;
     const u32 columns = described(xs);
-    u8* const scaled = powers + group * TILES * 64 * SCALES;
-    for (int i = 0; i < TILES; i++) copy_scales(scaled + i * 64 * SCALES, exponents, top + i * ROWS, far);
+    for (int i = 0; i < TILES; i++) copy_scales(powers + i * 64 * SCALES, exponents, top + i * ROWS, far);
     for (int first = 0; first < count; first += PAIRS) {
         const int now = min(PAIRS, count - first);
         const u8* near = weights + (top + warp * (UP ? 8 : 16) + lane / 8) * (K / 2) + lane % 8 * 16;
@@ -271,7 +266,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4 / GROUPS) experts(
         if (!UP && !FIRST && first == 0) wait();
         if (FIRST) round_off(xs, factors, row, 0, threadIdx.x, inside), placed();
         else if (!(UP && ONE && READY)) place(xs, factors, x, scales, list + first, now);
-        if (UP && threadIdx.x < now) share[threadIdx.x] = shares[list[first + threadIdx.x]];
+        float share[2] = {};
+#pragma unroll
+        for (int i = 0; i < 2 - ONE; i++)
+            if (UP && 2 * j + i < now) share[i] = shares[list[first + 2 * j + i]];
         asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
         __syncthreads();
         u32 a[2][4][4], b[2][4][4];
@@ -279,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4 / GROUPS) experts(
         u8 *slot = mine, *free = mine + (STAGES - 1) * SLOT;
         for (int n = 0; n < TILES; n++) {
             float sum[4] = {};
-            const u8* const power = scaled + (n * 64 + warp * 16 + g) * SCALES;
+            const u8* const power = powers + (n * 64 + warp * 16 + g) * SCALES;
 #pragma unroll 2
             for (int begin = 0; begin < CHUNKS; begin += 2) {
                 float d[2][4][4];
@@ -326,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4 / GROUPS) experts(
 #pragma unroll
                         for (int i = 0; i < 4; i++) a[c][m][i] = b[c][m][i];
             }
-            write(sum, list + first, now, share, out, rows, (begun + n) * ROWS + warp * ROWS / 4 + g, limit);
+            write(sum, list + first, now, share, out, rows, (blockIdx.x * TILES + n) * ROWS + warp * ROWS / 4 + g, limit);
         }
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads();

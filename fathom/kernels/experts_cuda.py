@@ -25,26 +25,23 @@ MOST_PAIRS = 512
 _TOGETHER = 4
 """Pairs of an expert that are multiplied at once: seldom more chose the same."""
 _TWO_TOKENS, _FEW_PAIRS = 12, 64
-"""Pairs up to which more blocks are better than longer ones."""
+"""Pairs up to which gate and up, and down, are better cut into more blocks than into longer ones."""
 
 
 class Shape(NamedTuple):
-    """How a launch is cut, which changes no bit: tiles of 64 rows that four warps have, stages of their rings, pairs
-    multiplied at once, groups of four warps in a block."""
+    """How a launch is cut, which changes no bit: tiles of 64 rows in a block, stages of its rings, pairs multiplied at
+    once."""
 
     tiles: int
     stages: int
     together: int = _TOGETHER
-    groups: int = 1
 
 
 def shape(pairs: int, up: bool) -> Shape:
     """What measured best on an H200."""
-    if pairs <= _TWO_TOKENS:
-        return Shape(1, 4)
-    if pairs <= _FEW_PAIRS:
-        return Shape(1, 3) if up else Shape(4, 4)
-    return Shape(4, 4)
+    if up:
+        return Shape(1 if pairs <= _TWO_TOKENS else 2, 4)
+    return Shape(1 if pairs < _TWO_TOKENS else 2 if pairs <= _FEW_PAIRS else 4, 4)
 
 
 def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:
@@ -110,16 +107,14 @@ def _run(
 ) -> None:
     """tensors: as the kernel names them; rows: of a result; tiles: of 64 rows of an expert."""
     x, chosen = tensors[2], tensors[4]
-    columns, pairs, groups = x.shape[1], chosen.numel(), math.gcd(tiles, form.groups)
-    each = math.gcd(tiles // groups, form.tiles)
+    columns, pairs, each = x.shape[1], chosen.numel(), math.gcd(tiles, form.tiles)
     tokens, top = chosen.shape
     together = 1 if tokens == 1 else form.together
-    shared = together * columns + groups * (each * 64 * (columns // 32 + 16) + 4 * form.stages * 2048)
-    sizes = {"K": columns, "TILES": each, "GROUPS": groups, "STAGES": form.stages, "UP": int(up), "TOP": top}
-    sizes["PAIRS"] = together
+    shared = together * columns + each * 64 * (columns // 32 + 16) + 4 * form.stages * 2048
+    sizes = {"K": columns, "TILES": each, "STAGES": form.stages, "UP": int(up), "TOP": top, "PAIRS": together}
     alone = {"ONE": int(tokens == 1), "READY": int(ready and tokens == 1)}
     run = kernel("experts.cu", "experts", x.device, shared, **sizes, **alone)
     pointers = map(pointer, tensors)
     numbers = ctypes.c_int(pairs), ctypes.c_int(rows), ctypes.c_float(limit)
     # Down of one token is all waiting for x: begun early it would only be in the way.
-    run((tiles // (groups * each), pairs), 128 * groups, x.device, *pointers, *numbers, early=up or tokens > 1)
+    run((tiles // each, pairs), 128, x.device, *pointers, *numbers, early=up or tokens > 1)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fathom.kernels.common_triton import PLAIN, fp4, fetch, from_e8m0, options, power_of_two, swiglu
+from fathom.kernels.common_triton import PLAIN, fetch, fp4, from_e8m0, options, power_of_two, swiglu
 from fathom.kernels.experts_pairs_triton import Fp4Experts, combine
 from fathom.kernels.quant_triton import PAIRS, quantise
 

@@ -1,8 +1,8 @@
 """FP4 weights in the order that the GPU kernels read: the same bytes, the bits of each in another order.
 
 A stored byte is two codes of three bits of magnitude and the sign above them: sign and magnitude of weight 1, then of
-weight 0. Here it is sign 1, sign 0, magnitude 1, magnitude 0. So the even weights of a word, moved by one bit and masked,
-are numbers in e5m2 (and in FP16's high byte), 2^14 times too small, and the odd ones need one operation more.
+weight 0. Here it is sign 1, sign 0, magnitude 1, magnitude 0. So the even weights of a word, moved by one bit and
+masked, are numbers in e5m2 (and in FP16's high byte), 2^14 times too small; the odd ones need an operation more.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def test_a_token_has_the_same_bits_in_any_company_and_split() -> None:
     x, (chosen, shares) = rand(40, 1536, seed=6).bfloat16(), routing(40, 8, 3)
     alone = torch.cat([ops.few(x[t : t + 1], chosen[t : t + 1], shares[t : t + 1], weights, LIMIT) for t in range(40)])
     assert torch.equal(ops.few(x, chosen, shares, weights, LIMIT), alone)
-    forms = [ops.Shape(tiles, stages) for tiles, stages in ((1, 3), (2, 4), (4, 2))]
+    forms = [ops.Shape(*form) for form in ((1, 3, 4), (2, 4, 8), (4, 2, 2))]
     hidden = [ops.gate_up(*quantise(x), chosen, shares, weights, LIMIT, form) for form in forms]
     assert all(torch.equal(hidden[0], other) for other in hidden)
     parts = [ops.down(hidden[0], chosen, weights, form) for form in forms]
