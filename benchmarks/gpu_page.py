@@ -109,11 +109,11 @@ _NOTES = (
 
 
 def figures(parts: Mapping[str, Any]) -> dict[str, tuple[float, float | None, float | None]]:
-    """Every figure's name, and what was measured, the same with the sums over ranks, and its floor."""
+    """Every figure's name, and what was measured first, the same with the sums over ranks, and its floor."""
     found: dict[str, tuple[float, float | None, float | None]] = {}
     for report in parts.values():
         for row in report.get("rows", ()):
-            found |= _figures_of(report, row)
+            found = {**found, **{k: v for k, v in _figures_of(report, row).items() if k not in found}}
         if first := report.get("first_token"):
             graphs = first.get("graphs", len(first["sizes"]))
             found[f"first token, s, {graphs} graphs"] = (first["seconds"], None, None)
@@ -157,7 +157,8 @@ def _shown(name: str, report: dict[str, Any]) -> Iterator[str]:
         yield ""
         yield from remarks(report)
     if first := report.get("first_token"):
-        yield f"First token {first['seconds']:.1f} s after the weights were in place; graphs: {first['sizes']}."
+        graphs = f"{first.get('graphs', len(first['sizes']))} graphs, of {first['sizes']} sequences"
+        yield f"First token {first['seconds']:.1f} s after the weights were in place, with {graphs}."
     for row in report.get("engine", ()):
         step = f"{1e3 * row['seconds']:.2f} ms a step, the median of {row['steps']}"
         yield f"{row['batch']} answers after {row['context']} tokens, by an engine: {step}."

@@ -1,8 +1,8 @@
 """FP4 experts for the few tokens of a step on Hopper: the launcher of experts.cu. Reference 2.10 and 4.
 
 The torch reference is `experts.experts` on the stored weights. All of it is one class: a token's result has the same
-bits whatever else is in the batch. Tensor cores sum 32 products of e4m3 values, which is exact to about 2e-4 of the
-result; everything above is float32.
+bits whatever else is in the batch. Tensor cores sum 32 products of e5m2 weights and e4m3 activations, which is exact to
+about 2e-4 of the result; everything above is float32.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ from fathom.kernels.quant_triton import known, quantise
 
 MOST_PAIRS = 512
 """Pairs of a token and an expert that a block can look through."""
-_TOGETHER = 4
-"""Pairs of an expert that are multiplied at once: seldom more chose the same."""
-_TWO_TOKENS, _FEW_PAIRS = 12, 64
-"""Pairs up to which gate and up, and down, are better cut into more blocks than into longer ones."""
+_FEW_PAIRS = 64
+"""Pairs of at most so many rows that few of them are nobody's."""
 
 
 class Shape(NamedTuple):
@@ -34,14 +32,18 @@ class Shape(NamedTuple):
 
     tiles: int
     stages: int
-    together: int = _TOGETHER
+    together: int = 4
 
 
 def shape(pairs: int, up: bool) -> Shape:
-    """What measured best on an H200."""
-    if up:
-        return Shape(1 if pairs <= _TWO_TOKENS else 2, 4)
-    return Shape(1 if pairs < _TWO_TOKENS else 2 if pairs <= _FEW_PAIRS else 4, 4)
+    """What measured best on an H200.
+
+    More than eight rows may be filled up with many of nobody's, all alike, which choose the same experts: a block would
+    go through its weights once for every four of them.
+    """
+    if pairs > _FEW_PAIRS:
+        return Shape(4, 4, 8)
+    return Shape(1 if pairs <= (12 if up else 6) else 2, 4)
 
 
 def has(x: Tensor, chosen: Tensor, weights: Fp4Experts) -> bool:

@@ -142,7 +142,7 @@ def _unpack_asm(byte, low, high):
 
 @triton.jit
 def _unpack_plain(pointer, lane, up):
-    """The same from the words themselves: byte b of a row holds weights b % 4 and b % 4 + 4 of word b // 4."""
+    """The same from the words themselves: place b of a row has weights b % 4 and b % 4 + 4 of word b // 4."""
     word = tl.load((pointer - lane).to(tl.pointer_type(tl.int32)))
     low = tl.zeros_like(word).to(tl.float32)
     high = low
@@ -158,7 +158,7 @@ def _weights(pointer, word, top, BN: tl.constexpr, PLAIN: tl.constexpr):
     (of e2m1's at five powers less) are raised by the steps that a scale is above the least one possible."""
     scale = (word[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255
     if PLAIN:
-        up = tl.maximum(scale - top + 11, 0)
+        up = tl.minimum(tl.maximum(scale - top + 11, 0), 11)
         full = tl.reshape(tl.broadcast_to(up[:, :, None], (BN, 4, 16)), (BN, 64))
         a, b = _unpack_plain(pointer, tl.zeros_like(full) + tl.arange(0, 64)[None, :] % 4, full)
     else:  # the byte for zero stays zero, also where a scale of nothing but zeros makes the others anything

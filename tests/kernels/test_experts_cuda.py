@@ -19,12 +19,17 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = 5e-3
 
 
-@pytest.mark.parametrize(("shape", "tokens"), [((3, 512, 128), 20), ((24, 4096, 1024), 1), ((24, 4096, 1024), 33)])
-def test_experts_are_sums_by_hand(shape: tuple[int, int, int], tokens: int) -> None:
-    """Three experts for twenty tokens: more pairs of an expert than are multiplied at once."""
+SMALL, LARGE = (3, 512, 128), (24, 4096, 1024)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "k"), [(SMALL, 1, 3), (SMALL, 20, 3), (LARGE, 1, 3), (LARGE, 33, 3), (LARGE, 64, 6)]
+)
+def test_experts_are_sums_by_hand(shape: tuple[int, int, int], tokens: int, k: int) -> None:
+    """Three experts for 20 tokens: more pairs of one than are multiplied at once. 384 pairs: more than threads."""
     raw, weights = layer(*shape)
     x = rand(tokens, shape[1], seed=6).bfloat16()
-    chosen, shares = routing(tokens, shape[0], 3)
+    chosen, shares = routing(tokens, shape[0], k)
     with poisoned():
         got = ops.few(x, chosen, shares, weights, LIMIT)
     assert error(got, by_hand(x, chosen, shares, raw)) < TOLERANCE
