@@ -113,7 +113,8 @@ def figures(parts: Mapping[str, Any]) -> dict[str, tuple[float, float | None, fl
     found: dict[str, tuple[float, float | None, float | None]] = {}
     for report in parts.values():
         for row in report.get("rows", ()):
-            found = {**found, **{k: v for k, v in _figures_of(report, row).items() if k not in found}}
+            for name, values in _figures_of(report, row).items():
+                found.setdefault(name, values)
         if first := report.get("first_token"):
             graphs = first.get("graphs", len(first["sizes"]))
             found[f"first token, s, {graphs} graphs"] = (first["seconds"], None, None)

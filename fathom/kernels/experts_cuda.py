@@ -23,7 +23,7 @@ from fathom.kernels.quant_triton import known, quantise
 MOST_PAIRS = 512
 """Pairs of a token and an expert that a block can look through."""
 _FEW_PAIRS = 64
-"""Pairs of at most so many rows that few of them are nobody's."""
+"""Pairs of a step that is filled up with few rows of nobody's, or none."""
 
 
 class Shape(NamedTuple):
@@ -38,8 +38,8 @@ class Shape(NamedTuple):
 def shape(pairs: int, up: bool) -> Shape:
     """What measured best on an H200.
 
-    More than eight rows may be filled up with many of nobody's, all alike, which choose the same experts: a block would
-    go through its weights once for every four of them.
+    A larger step may have many rows of nobody's (`engine.graphs`), all alike, which choose the same experts. A block
+    goes through its weights once for all pairs that it multiplies together, so there it takes eight instead of four.
     """
     if pairs > _FEW_PAIRS:
         return Shape(4, 4, 8)

@@ -122,10 +122,10 @@ def _half(word, HIGH: tl.constexpr):
 @triton.jit
 def _word_dot(w, x0, x1, x2, x3, PLAIN: tl.constexpr):
     if PLAIN:
-        sum = fp4(w, 0) * _half(x0, False) + fp4(w, 4) * _half(x0, True)
-        sum += fp4(w, 1) * _half(x1, False) + fp4(w, 5) * _half(x1, True)
-        sum += fp4(w, 2) * _half(x2, False) + fp4(w, 6) * _half(x2, True)
-        return sum + fp4(w, 3) * _half(x3, False) + fp4(w, 7) * _half(x3, True)
+        total = fp4(w, 0) * _half(x0, False) + fp4(w, 4) * _half(x0, True)
+        total += fp4(w, 1) * _half(x1, False) + fp4(w, 5) * _half(x1, True)
+        total += fp4(w, 2) * _half(x2, False) + fp4(w, 6) * _half(x2, True)
+        return total + fp4(w, 3) * _half(x3, False) + fp4(w, 7) * _half(x3, True)
     return _word_dot_asm(w, x0, x1, x2, x3)
 
 
